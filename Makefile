@@ -1,0 +1,37 @@
+# `make test` and `make demo` do all the set-up on a fresh machine. PYTHON chooses the interpreter for the virtual environment.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test bench gpu lint clean
+
+install: $(STAMP)
+
+$(STAMP): setup.py constraints.txt $(wildcard kernels/*.cpp)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[serve,dev]"
+	touch $(STAMP)
+
+demo: install
+	$(BIN)/python -m megalith.rlhf.demo
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: install lint
+	$(BIN)/python -m pytest tests
+
+bench: install
+	$(BIN)/python -m megalith.bench.step
+
+# Tests and benchmarks that need CUDA; on a machine whose own Python holds torch, call with BIN set to its folder.
+gpu:
+	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m megalith.bench.step --device cuda
+
+clean:
+	rm -rf $(VENV) build *.egg-info kernels/*.so demo_out runs
