@@ -1,0 +1,104 @@
+"""A group: the chunks of one block, unsharded, resharded and reduced together."""
+
+import torch
+
+from .chunk import Chunk, ShardState
+from .collectives import RankGroup, all_gather_
+from .gradients import ChunkGradient, GradientTraffic
+from .lanes import Event, Lane
+from .tiers import Tier
+
+
+class ChunkGroup:
+    """Weights are whole between `wait` and `reshard`. `unshard` starts a transfer and returns; `wait` orders the caller's
+    work after it. All three are collectives where ranks share the weights."""
+
+    def __init__(
+        self, name: str, index: int, chunks: list[Chunk], group: RankGroup, lane: Lane, copy_lane: Lane, traffic: GradientTraffic
+    ) -> None:
+        self.name = name
+        self.index = index
+        self.chunks = chunks
+        self.gradients = [ChunkGradient(chunk, traffic) for chunk in chunks if chunk.spec.trainable]
+        self._group = group
+        self._lane = lane
+        self._copy_lane = copy_lane
+        self._event: Event | None = None
+        self._stale = [chunk for chunk in chunks if chunk.placement.sharded]
+        """Chunks whose `full` does not hold the weights."""
+        self.pins: set[str] = set()
+        """Who needs the weights now. A pinned group is not resharded."""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether resharding frees anything."""
+        return any(chunk.placement.sharded for chunk in self.chunks)
+
+    @property
+    def can_be_stale(self) -> bool:
+        """Whether `wait` is ever needed before the weights are used."""
+        return self.is_sharded or any(self._shares(chunk) for chunk in self.chunks)
+
+    @property
+    def is_whole(self) -> bool:
+        """The weights are there, or on their way."""
+        return not self._stale
+
+    @property
+    def gathered_bytes(self) -> int:
+        """What unsharding allocates."""
+        return sum(chunk.full.nbytes for chunk in self.chunks if chunk.placement.sharded)
+
+    def unshard(self) -> None:
+        if not self._stale:
+            return
+        stale, self._stale = self._stale, []
+        from_host = [chunk for chunk in stale if chunk.placement.weight_tier is Tier.HOST]
+        for chunk in stale:
+            if chunk.state is ShardState.SHARDED:
+                chunk.allocate_full()
+        label = f"unshard {self.name}"
+        copied = self._copy_lane.submit(lambda: _copy_in(from_host), label) if from_host else None
+
+        def work() -> None:
+            with torch.profiler.record_function(f"megalith::{label}"):
+                if copied is not None:
+                    copied.wait()
+                _copy_in([chunk for chunk in stale if chunk.placement.weight_tier is Tier.DEVICE])
+                for chunk in stale:
+                    if self._shares(chunk):
+                        all_gather_(chunk.full.data, self._group, chunk.index)
+
+        self._event = self._lane.submit(work, label)
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.wait()
+            self._event = None
+
+    def reshard(self) -> None:
+        if self.pins:
+            raise RuntimeError(f"group {self.name} cannot be resharded: {', '.join(sorted(self.pins))} needs its weights")
+        self.wait()  # a transfer that nobody used may still be writing
+        for chunk in self.chunks:
+            if chunk.placement.sharded and chunk.state is ShardState.UNSHARDED:
+                chunk.free_full()
+        self._stale = [chunk for chunk in self.chunks if chunk.placement.sharded]
+
+    def mark_updated(self, updated: list[Chunk]) -> None:
+        """The owned parts of these chunks have new values, so that the others' parts in `full` are old."""
+        self._stale = [
+            chunk for chunk in self.chunks if chunk.placement.sharded or (chunk in updated and self._shares(chunk))
+        ]
+
+    def reduce_gradients(self) -> None:
+        for gradient in self.gradients:
+            gradient.reduce()
+
+    def _shares(self, chunk: Chunk) -> bool:
+        return self._group.is_distributed and chunk.placement.owned_numel < chunk.spec.numel
+
+
+def _copy_in(chunks: list[Chunk]) -> None:
+    for chunk in chunks:
+        chunk.copy_weight_in()

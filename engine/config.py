@@ -1,0 +1,138 @@
+"""The options of `initialize`, validated at once so that a mistake is an error before anything is allocated."""
+
+import os
+import re
+from dataclasses import dataclass, fields
+from enum import Enum
+
+import torch
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+class Precision(Enum):
+    """What a weight is stored as, and where its full-precision master is.
+
+    FP32: the weight is the master. BF16: the weight is the high half of the master, whose low 16 bits are stored beside it
+    (4 bytes a parameter in all). FP16: a float32 master beside a float16 weight, with dynamic loss scaling.
+    """
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.value]
+
+
+def parse_bytes(value: int | str | None, field: str) -> int | None:
+    """`"24GB"`, `"1.5 GiB"` or a count of bytes, as bytes. KB, MB, GB are decimal and KiB, MiB, GiB binary.
+
+    Raises ValueError that names `field`.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(f"{field}={value!r}: give a number of bytes or a string such as '24GB'")
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", value)
+        if match is None or match[2].upper() not in _UNITS:
+            raise ValueError(f"{field}={value!r}: give a number of bytes or a string such as '24GB' or '1.5GiB'")
+        value = int(float(match[1]) * _UNITS[match[2].upper()])
+    if value <= 0:
+        raise ValueError(f"{field}={value!r}: must be more than 0 bytes")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How a model is stored and trained. Every field is a keyword of `initialize`."""
+
+    zero_stage: int = 3
+    """0: everything replicated; 1: optimizer state sharded; 2: and gradients; 3: and weights."""
+    placement: str = "device"
+    """"device" or "host": the tier of what is at rest. "nvme" and "auto" are not built yet."""
+    param_offload: float | None = None
+    """Fraction of the weights at rest on the host (placement="host", stage 3). None: all that the stage allows."""
+    optimizer_offload: float | None = None
+    """Fraction of the optimizer state on the host, where its part of the step then runs (placement="host"). None: all."""
+    precision: str = "fp32"
+    max_grad_norm: float | None = None
+    """Global 2-norm that gradients are clipped to; None leaves them."""
+    device_budget: int | str | None = None
+    """Bytes of device memory for what the engine stores. In stage 3, weights stay gathered while they fit in it."""
+    host_budget: int | str | None = None
+    nvme_dir: str | None = None
+    max_chunk_numel: int = 2**26
+    """A block with more parameters than this is stored in several chunks."""
+    prefetch: int = 1
+    """How many groups are gathered ahead of their use."""
+    loss_scale: float = 2.0**16
+    """fp16 only: the first loss scale."""
+    seed: int = 0
+    """For weights that the engine initialises itself (a model on meta without `pretrained`)."""
+
+    def __post_init__(self) -> None:
+        def reject(field: str, rule: str) -> None:
+            raise ValueError(f"{field}={getattr(self, field)!r}: {rule}")
+
+        if self.zero_stage not in (0, 1, 2, 3) or isinstance(self.zero_stage, bool):
+            reject("zero_stage", "must be 0, 1, 2 or 3")
+        if self.placement in ("nvme", "auto"):
+            raise NotImplementedError(f"placement={self.placement!r} is not built yet: use 'device' or 'host'")
+        if self.placement not in ("device", "host"):
+            reject("placement", "must be 'device', 'host', 'nvme' or 'auto'")
+        for field in ("param_offload", "optimizer_offload"):
+            value = getattr(self, field)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                reject(field, "must be a fraction from 0 to 1")
+            if value > 0 and self.placement != "host":
+                reject(field, "needs placement='host'")
+        if self.param_offload and self.zero_stage != 3:
+            reject("param_offload", f"needs zero_stage=3, and it is {self.zero_stage}: stages below 3 keep whole weights")
+        if self.precision not in {member.value for member in Precision}:
+            reject("precision", "must be 'fp32', 'bf16' or 'fp16'")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            reject("max_grad_norm", "must be more than 0, or None for no clipping")
+        for field in ("device_budget", "host_budget"):
+            object.__setattr__(self, field, parse_bytes(getattr(self, field), field))
+        if self.nvme_dir is not None:
+            reject("nvme_dir", "needs placement='nvme', which is not built yet")
+        if isinstance(self.max_chunk_numel, bool) or not isinstance(self.max_chunk_numel, int) or self.max_chunk_numel < 1:
+            reject("max_chunk_numel", "must be a whole number of parameters, at least 1")
+        if isinstance(self.prefetch, bool) or not isinstance(self.prefetch, int) or self.prefetch < 0:
+            reject("prefetch", "must be a whole number of groups, 0 for none")
+        if not self.loss_scale > 0:
+            reject("loss_scale", "must be more than 0")
+
+    @classmethod
+    def from_keywords(cls, **keywords) -> "EngineConfig":
+        """Raises TypeError that names an unknown keyword and the known ones."""
+        known = [field.name for field in fields(cls)]
+        for name in keywords:
+            if name not in known:
+                raise TypeError(f"initialize() has no keyword {name!r}; it takes {', '.join(known)}")
+        return cls(**keywords)
+
+    @property
+    def weight_offload_fraction(self) -> float:
+        if self.placement == "device" or self.zero_stage != 3:
+            return 0.0
+        return 1.0 if self.param_offload is None else float(self.param_offload)
+
+    @property
+    def optimizer_offload_fraction(self) -> float:
+        if self.placement == "device":
+            return 0.0
+        return 1.0 if self.optimizer_offload is None else float(self.optimizer_offload)
+
+
+def check_folder(path: str | os.PathLike, field: str) -> str:
+    """Raises FileNotFoundError that names `field` when `path` is not a folder."""
+    if not os.path.isdir(path):
+        raise FileNotFoundError(f"{field}={os.fspath(path)!r}: no such folder")
+    return os.fspath(path)

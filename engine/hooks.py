@@ -1,0 +1,270 @@
+"""When groups are unsharded, resharded and reduced: the only place that registers hooks.
+
+Around each unit (a block, or a module outside of blocks that owns parameters):
+
+    before forward   its groups are unsharded, what comes next is prefetched, what is not needed is resharded
+    after forward    nothing is freed yet: the next use frees it, so that a unit called twice is gathered once, and the last
+                     block of the forward pass, the first of the backward pass, stays
+    before backward  (a gradient reaches an output) its groups are unsharded again
+    after backward   (its inputs' gradients are complete) its groups may be resharded
+    gradient lands   copied into the chunk's buffer; a group whose gradients have all landed is reduced
+    end of backward  what has not landed counts as zero, and every group has been reduced once, in one fixed order
+
+The last line is what keeps ranks together: whichever parameters a rank used, it takes part in the same reductions.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import Variable
+from torch.autograd.graph import register_multi_grad_hook
+
+from .blocks import Unit
+from .chunk_group import ChunkGroup
+from .config import EngineConfig
+from .gradients import ChunkGradient
+from .layout import Slot
+from .tiers import Ledger, Tier
+from .trace import AccessTrace
+
+
+class Schedule:
+    """What every unit's hooks share: the groups in layout order, the trace, and where the backward pass stands."""
+
+    def __init__(self, groups: list[ChunkGroup], config: EngineConfig, ledger: Ledger, distributed: bool) -> None:
+        self.groups = groups
+        self.trace = AccessTrace()
+        self.order_hash = 0
+        """Of the transfers issued since the last step. Equal on all ranks, or they ran different programs."""
+        self.micro_steps = 0
+        """Backward passes since the last step."""
+        self.expected_micro_steps = 1
+        """Backward passes before the last step: below stage 2, gradients are reduced in the last one alone."""
+        self.touched: set[str] = set()
+        """Parameters that got a gradient since the last step."""
+        self._config = config
+        self._ledger = ledger
+        self._distributed = distributed
+        self._in_backward = False
+        self._landed_now: dict[ChunkGroup, set[str]] = {}
+        self._next_reduce = len(groups) - 1
+
+    # Weights
+
+    def use(self, needed: list[ChunkGroup], phase: str) -> None:
+        """Make the weights of `needed` whole for the work that the caller issues next, and prefetch."""
+        for group in needed:
+            self.trace.visit((phase, group.index))
+        wanted = needed + self._predicted()
+        self._make_room(wanted)
+        for group in wanted:
+            self._unshard(group)
+        for group in needed:
+            group.wait()
+
+    def prefetch(self) -> None:
+        for group in self._predicted():
+            self._unshard(group)
+
+    def _predicted(self) -> list[ChunkGroup]:
+        """The next groups that must be gathered."""
+        result: list[ChunkGroup] = []
+        for _, index in self.trace.upcoming(2 * self._config.prefetch):
+            group = self.groups[index]
+            if group not in result and len(result) < self._config.prefetch:
+                result.append(group)
+        return result
+
+    def _unshard(self, group: ChunkGroup) -> None:
+        if group.is_whole:
+            return
+        self._note_order(group.index)
+        group.unshard()
+
+    def _make_room(self, wanted: list[ChunkGroup]) -> None:
+        """Reshard what is not wanted: all of it, or with a budget, what is used farthest in the future until the rest fits."""
+        idle = [g for g in self.groups if g.is_sharded and g.is_whole and not g.pins and g not in wanted]
+        if self._config.device_budget is not None:
+            room = self._config.device_budget - self._ledger.tier_bytes(Tier.DEVICE)
+            room -= sum(group.gathered_bytes for group in wanted if not group.is_whole)
+            future = [index for _, index in self.trace.upcoming(3 * len(self.groups))]
+            # What is not foreseen is freed first; sorted() is stable, so ranks agree.
+            idle.sort(key=lambda g: future.index(g.index) if g.index in future else len(future), reverse=True)
+        for group in idle:
+            if self._config.device_budget is not None:
+                if room >= 0:
+                    break
+                room += group.gathered_bytes
+            group.reshard()
+
+    def reshard_all(self) -> None:
+        for group in self.groups:
+            if group.is_sharded and group.is_whole:
+                group.reshard()
+
+    def refresh(self, group: ChunkGroup) -> None:
+        """Start gathering what the step changed in a group whose weights stay whole."""
+        self._unshard(group)
+
+    def wait_all(self) -> None:
+        for group in self.groups:
+            group.wait()
+
+    def pin_all(self, token: str) -> None:
+        """Unshard every group and keep it so until `unpin_all`."""
+        for group in self.groups:
+            self._unshard(group)
+            group.pins.add(token)
+        self.wait_all()
+
+    def unpin_all(self, token: str) -> None:
+        for group in self.groups:
+            group.pins.discard(token)
+
+    def _note_order(self, value: int) -> None:
+        self.order_hash = (self.order_hash * 31 + value + 1) % 1_000_003
+
+    # Gradients
+
+    def begin_backward(self) -> None:
+        """Called by every hook that runs in a backward pass; the first one in a pass asks to be told of its end."""
+        if not self._in_backward:
+            self._in_backward = True
+            self._landed_now = {}
+            self._next_reduce = len(self.groups) - 1
+            Variable._execution_engine.queue_callback(self._end_backward)
+
+    def recover(self) -> None:
+        """After a backward pass that raised: its end was never told. What landed in it is dropped."""
+        if self._in_backward and torch._C._current_graph_task_id() == -1:
+            self._in_backward = False
+            self.forget_gradients()
+            for group in self.groups:
+                group.pins = {pin for pin in group.pins if not pin.startswith("backward ")}
+                for gradient in group.gradients:
+                    gradient.drop()
+
+    def forget_gradients(self) -> None:
+        self.micro_steps = 0
+        self.touched.clear()
+
+    def land(self, group: ChunkGroup, gradient: ChunkGradient, slot: Slot, parameter: nn.Parameter) -> None:
+        self.begin_backward()
+        gradient.land(slot, parameter.grad)
+        parameter.grad = None
+        self.touched.add(slot.fqn)
+        landed = self._landed_now.setdefault(group, set())
+        landed.add(slot.fqn)
+        if self._reduces_now():
+            self._reduce_ready()
+
+    def _reduces_now(self) -> bool:
+        """Whether gradients leave in this backward pass or wait for a later one. The same on every rank."""
+        if not self._distributed and self._config.optimizer_offload_fraction == 0:
+            return False
+        return self._config.zero_stage >= 2 or self.micro_steps + 1 >= self.expected_micro_steps
+
+    def _reduce_ready(self) -> None:
+        """Reduce the groups that are complete, in descending order and no group before its predecessor."""
+        while self._next_reduce >= 0:
+            group = self.groups[self._next_reduce]
+            landed = self._landed_now.get(group, ())
+            if len(landed) < sum(len(gradient.chunk.spec.slots) for gradient in group.gradients):
+                return
+            self._reduce(group)
+
+    def _reduce(self, group: ChunkGroup) -> None:
+        self._next_reduce -= 1
+        if group.gradients:
+            self._note_order(group.index + len(self.groups))
+            group.reduce_gradients()
+
+    def _end_backward(self) -> None:
+        if self._reduces_now():
+            while self._next_reduce >= 0:
+                self._reduce(self.groups[self._next_reduce])
+        for group in self.groups:
+            group.pins = {pin for pin in group.pins if not pin.startswith("backward ")}
+        self._landed_now = {}
+        self._in_backward = False
+        self.micro_steps += 1
+
+
+class UnitHooks:
+    """The hooks of one unit."""
+
+    def __init__(self, unit: Unit, groups: list[ChunkGroup], enclosing: "UnitHooks | None", schedule: Schedule) -> None:
+        self._unit = unit
+        self._groups = groups
+        self._enclosing = enclosing
+        self._schedule = schedule
+        self._depth = 0  # forward calls that are running
+        # Looking rows up is linear: the backward pass of an embedding reads no weights.
+        self._backward_reads_weights = not isinstance(unit.module, nn.Embedding)
+        self._forward_pin = f"forward of {unit.name}"
+        self._backward_pin = f"backward of {unit.name}"
+
+    def register(self) -> list[torch.utils.hooks.RemovableHandle]:
+        module = self._unit.module
+        return [
+            module.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True),
+            module.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
+        ]
+
+    @property
+    def _covered(self) -> bool:
+        """The enclosing block is running and has seen to the weights."""
+        return self._enclosing is not None and self._enclosing._depth > 0
+
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._covered:
+            return
+        schedule = self._schedule
+        schedule.recover()
+        schedule.use(self._groups, "forward" if torch.is_grad_enabled() else "inference")
+        self._depth += 1
+        for group in self._groups:
+            group.pins.add(self._forward_pin)
+        if torch.is_grad_enabled():
+            inputs = [tensor for tensor in tensors_in((args, kwargs)) if tensor.requires_grad]
+            if inputs:
+                register_multi_grad_hook(inputs, self._after_backward, mode="all")
+
+    def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if self._depth == 0:  # covered
+            return
+        self._depth -= 1
+        if self._depth == 0:
+            for group in self._groups:
+                group.pins.discard(self._forward_pin)
+        if torch.is_grad_enabled():
+            outputs = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+            if outputs:
+                register_multi_grad_hook(outputs, self._before_backward, mode="any")
+
+    def _before_backward(self, gradient: torch.Tensor) -> None:
+        self._schedule.begin_backward()
+        if self._backward_reads_weights:
+            self._schedule.use(self._groups, "backward")
+            for group in self._groups:
+                group.pins.add(self._backward_pin)
+
+    def _after_backward(self, gradients: Any) -> None:
+        for group in self._groups:
+            group.pins.discard(self._backward_pin)
+
+
+def tensors_in(value: Any, depth: int = 0) -> Iterable[torch.Tensor]:
+    """The tensors in nested tuples, lists, mappings and objects (dataclasses, model outputs)."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item, depth)
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from tensors_in(item, depth)
+    elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module) and depth < 2:
+        yield from tensors_in(list(vars(value).values()), depth + 1)

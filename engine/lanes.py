@@ -1,0 +1,153 @@
+"""Lanes: ordered queues of work, a CUDA stream on a GPU and a worker thread on a CPU; events order lanes.
+
+All movement of chunks goes through a lane, with one rule: work that is submitted starts after everything that the submitting
+thread has issued so far ("compute"), and after the lane's earlier work. Nothing else is ordered until somebody waits for the
+event that `submit` returns.
+"""
+
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+
+class Event(Protocol):
+    def wait(self) -> None:
+        """Order all later work of the caller after the event. Raises what the lane's work raised."""
+
+    def synchronize(self) -> None:
+        """Block the host until the event has happened: before it reads what the work wrote."""
+
+
+class Lane(Protocol):
+    name: str
+
+    def submit(self, work: Callable[[], None], label: str) -> Event: ...
+
+    def close(self) -> None: ...
+
+
+class LaneError(RuntimeError):
+    """Work on a lane failed; the message names the lane and the work, `__cause__` is what was raised."""
+
+
+class ThreadEvent:
+    """Set by a worker thread. The wait blocks the calling thread."""
+
+    def __init__(self) -> None:
+        self._done = threading.Event()
+        self._error: LaneError | None = None
+
+    def set(self, error: LaneError | None) -> None:
+        self._error = error
+        self._done.set()
+
+    def wait(self) -> None:
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+
+    synchronize = wait
+
+
+class ThreadLane:
+    """A worker thread that does its work in order. After a failure the lane refuses all later work with that failure:
+    what depended on the failed work must not run, and every waiter gets the reason."""
+
+    def __init__(self, name: str, delay: Callable[[], float] | None = None) -> None:
+        self.name = name
+        self._delay = delay
+        self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        self._error: LaneError | None = None
+        self._thread = threading.Thread(target=self._run, name=f"megalith-{name}", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Callable[[], None], label: str) -> ThreadEvent:
+        event = ThreadEvent()
+        self._queue.put((work, label, event))
+        return event
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            work, label, event = item
+            if self._error is None:
+                try:
+                    if self._delay is not None:
+                        time.sleep(self._delay())
+                    work()
+                except BaseException as error:  # handed to the waiter, who is on another thread
+                    self._error = LaneError(f"lane {self.name!r} failed at {label}: {type(error).__name__}: {error}")
+                    self._error.__cause__ = error
+            event.set(self._error)
+            del item, work, event  # a closure kept here would keep its chunk's buffers alive while the lane is idle
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join(timeout=10)
+
+
+class StreamEvent:
+    """The wait orders the caller's current stream; the host goes on."""
+
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self._event = event
+
+    def wait(self) -> None:
+        torch.cuda.current_stream().wait_event(self._event)
+
+    def synchronize(self) -> None:
+        self._event.synchronize()
+
+
+class StreamLane:
+    """A CUDA stream. `submit` issues the work at once, ordered after the caller's stream."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name = name
+        self._stream = torch.cuda.Stream(device)
+
+    def submit(self, work: Callable[[], None], label: str) -> StreamEvent:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream), torch.profiler.record_function(f"megalith::{self.name}: {label}"):
+            work()
+            return StreamEvent(self._stream.record_event())
+
+    def close(self) -> None:
+        self._stream.synchronize()
+
+
+class DoneEvent:
+    """The event of work that was done in place."""
+
+    def wait(self) -> None:
+        return None
+
+    synchronize = wait
+
+
+class InlineLane:
+    """Work done at once by the caller: for an engine that has nothing to overlap."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def submit(self, work: Callable[[], None], label: str) -> DoneEvent:
+        work()
+        return DoneEvent()
+
+    def close(self) -> None:
+        return None
+
+
+def random_delay(seed: int, max_delay_s: float) -> Callable[[], float]:
+    """Delays for the tests that look for a missing wait: with them, a lane's work ends as late as it may."""
+    generator = random.Random(seed)
+    return lambda: generator.random() * max_delay_s
+
+
+def make_lane(name: str, device: torch.device, delay: Callable[[], float] | None = None) -> Lane:
+    return StreamLane(name, device) if device.type == "cuda" else ThreadLane(name, delay)

@@ -1,0 +1,254 @@
+"""The step: Adam or AdamW over chunks, with the global norm, clipping and the loss scale in the kernel's one factor."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..kernels import AdamHyper, fused_adam_, sum_of_squares
+from .chunk import Chunk
+from .chunk_group import ChunkGroup
+from .collectives import RankGroup, sum_over_ranks
+from .config import EngineConfig, Precision
+from .gradients import ChunkGradient
+from .hooks import Schedule
+from .loss_scaler import DynamicLossScaler
+
+
+def read_adam_groups(optimizer: torch.optim.Optimizer) -> None:
+    """Raises what `initialize` cannot adopt: another optimizer than Adam and AdamW, or an option that the kernel lacks."""
+    if not isinstance(optimizer, torch.optim.Adam):  # AdamW is an Adam since torch 2.7
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}: give a torch.optim.Adam or torch.optim.AdamW")
+    for index, group in enumerate(optimizer.param_groups):
+        for option in ("amsgrad", "maximize", "differentiable"):
+            if group.get(option):
+                raise ValueError(f"optimizer group {index}: {option}=True is not supported")
+    if any(optimizer.state.values()):
+        raise ValueError(
+            "the optimizer has stepped already, and its state would be lost: "
+            "give a new one, and load a checkpoint with load_checkpoint"
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """Owned elements [start, stop) of a chunk's shard that one kernel launch updates."""
+
+    start: int
+    stop: int
+    optimizer_group: int
+    step: int
+
+
+class ZeroOptimizer(torch.optim.Optimizer):
+    """What `initialize` returns for an Adam or AdamW: the same groups, so that any LR scheduler takes it.
+
+    `step()` consumes the gradients: it reduces what has not been reduced, clips by the global norm, updates what this rank
+    owns where its state lies, and starts the gathering of what changed. A gradient that is not finite skips the step on every
+    rank. As in torch, a parameter that got no gradient on any rank is left alone.
+    """
+
+    def __init__(
+        self,
+        user: torch.optim.Optimizer,
+        groups: list[ChunkGroup],
+        schedule: Schedule,
+        rank_group: RankGroup,
+        config: EngineConfig,
+        frozen: list[tuple[str, torch.nn.Parameter]],
+    ) -> None:
+        super().__init__([{"params": group["params"]} for group in user.param_groups], user.defaults)
+        self.param_groups = user.param_groups  # the same dicts: a scheduler made before keeps working
+        self._decoupled = [
+            group.get("decoupled_weight_decay", isinstance(user, torch.optim.AdamW)) for group in user.param_groups
+        ]
+        self._groups = groups
+        self._schedule = schedule
+        self._rank_group = rank_group
+        self._config = config
+        self._frozen = frozen
+        self.scaler = DynamicLossScaler(config.loss_scale) if config.precision == Precision.FP16.value else None
+        self.steps_taken: dict[str, int] = {
+            slot.fqn: 0 for group in groups for gradient in group.gradients for slot in gradient.chunk.spec.slots
+        }
+        """Updates that each trainable parameter has had."""
+        self.grad_norm = math.nan
+        """Global 2-norm of the last step's gradient, before clipping."""
+        self.skipped_steps = 0
+        self._scaled_backwards = 0
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """`loss.backward()`, in fp16 of the scaled loss."""
+        if self.scaler is not None:
+            self._scaled_backwards += 1
+            loss = loss * self.scaler.scale
+        loss.backward()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients that no step has consumed."""
+        for gradient in self._gradients():
+            gradient.drop()
+        self._schedule.forget_gradients()
+        self._scaled_backwards = 0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_usage()
+        touched = self._agree()
+        self._schedule.reshard_all()
+        self.grad_norm, found_inf = self._norm()
+        if found_inf:
+            self.skipped_steps += 1
+        else:
+            self._update(touched, self._factor())
+        if self.scaler is not None:
+            self.scaler.update(found_inf)
+        self._schedule.expected_micro_steps = max(self._schedule.micro_steps, 1)
+        self.zero_grad()
+        self._schedule.prefetch()
+        return loss
+
+    # The step, in time order
+
+    def _check_usage(self) -> None:
+        if self.scaler is not None and self._scaled_backwards != self._schedule.micro_steps:
+            raise RuntimeError(
+                f"{self._schedule.micro_steps} backward passes, of which {self._scaled_backwards} with the loss scale: "
+                "with precision='fp16' call optimizer.backward(loss), not loss.backward()"
+            )
+        for fqn, parameter in self._frozen:
+            if parameter.requires_grad:
+                raise RuntimeError(f"{fqn} was frozen when initialize() was called: set requires_grad before it")
+
+    def _agree(self) -> set[str]:
+        """Make ranks agree on what got gradients, and reduce what has not been. Returns the touched parameters' names.
+
+        Raises RuntimeError on every rank when they issued different transfers: their weights would mix.
+        """
+        schedule, size = self._schedule, self._rank_group.world_size
+        names = list(self.steps_taken)
+        waiting = [any(gradient.has_local for gradient in group.gradients) for group in self._groups]
+        flags = [float(fqn in schedule.touched) for fqn in names]
+        if self._rank_group.is_distributed:
+            mine = [schedule.order_hash, schedule.order_hash**2, *map(float, waiting), *flags]
+            total, total_of_squares, *rest = sum_over_ranks(mine, self._rank_group)
+            if total**2 != size * total_of_squares:  # Cauchy-Schwarz: equal only when all are
+                raise RuntimeError(
+                    "ranks ran their blocks in different orders since the last step, so that they gathered or reduced "
+                    "different chunks: the model's control flow around blocks must not depend on a rank's own data"
+                )
+            waiting, flags = [count > 0 for count in rest[: len(waiting)]], rest[len(waiting) :]
+        schedule.order_hash = 0
+        for group, is_waiting in reversed(list(zip(self._groups, waiting, strict=True))):
+            if is_waiting:
+                group.reduce_gradients()
+        return {fqn for fqn, flag in zip(names, flags, strict=True) if flag}
+
+    def _norm(self) -> tuple[float, bool]:
+        """Global 2-norm of the averaged, unscaled gradient, and whether it is not finite."""
+        parts = [gradient.finish() for gradient in self._gradients()]
+        sums = [sum_of_squares(part) for part in parts if part is not None]
+        total = sum(torch.stack([value.cpu() for value in sums]).flatten().tolist()) if sums else 0.0
+        if self._config.zero_stage > 0:  # below, every rank holds the whole gradient
+            [total] = sum_over_ranks([total], self._rank_group)
+        return math.sqrt(total) * self._averaging(), not math.isfinite(total)
+
+    def _averaging(self) -> float:
+        """What turns a sum over ranks of scaled gradients into their mean."""
+        return 1.0 / (self._rank_group.world_size * (self.scaler.scale if self.scaler is not None else 1.0))
+
+    def _factor(self) -> float:
+        limit = self._config.max_grad_norm
+        # As torch.nn.utils.clip_grad_norm_ has it.
+        clip = 1.0 if limit is None else min(1.0, limit / (self.grad_norm + 1e-6))
+        return self._averaging() * clip
+
+    def _update(self, touched: set[str], factor: float) -> None:
+        for fqn in touched:
+            self.steps_taken[fqn] += 1
+        for group in self._groups:  # in forward order: the first is needed first
+            updated = []
+            for gradient in group.gradients:
+                runs = list(self._runs(gradient.chunk, touched))
+                reduced = gradient.finish()
+                if reduced is not None and any(slot.fqn in touched for slot in gradient.chunk.spec.slots):
+                    self._update_chunk(gradient.chunk, reduced, runs, factor)
+                    updated.append(gradient.chunk)
+            if updated:
+                group.mark_updated(updated)
+                if not group.is_sharded:
+                    self._schedule.refresh(group)
+
+    def _update_chunk(self, chunk: Chunk, gradient: torch.Tensor, runs: list[Run], factor: float) -> None:
+        device = chunk.exp_avg.device
+        weight = chunk.weight.data.to(device)  # the same tensor where weight and state are on one device
+        values = torch.tensor([factor, 0.0], dtype=torch.float32, device=device)
+        with torch.profiler.record_function(f"megalith::adam {chunk.name}"):
+            for run in runs:
+                part = slice(run.start, run.stop)
+                fused_adam_(
+                    weight[part],
+                    gradient[part],
+                    chunk.exp_avg[part],
+                    chunk.exp_avg_sq[part],
+                    self._hyper(run),
+                    factor=values[:1],
+                    found_inf=values[1:],
+                    remainder=None if chunk.remainder is None else chunk.remainder[part],
+                    master=None if chunk.master is None else chunk.master[part],
+                )
+        if weight.data_ptr() != chunk.weight.data_ptr():
+            chunk.weight.data.copy_(weight)
+
+    def _runs(self, chunk: Chunk, touched: set[str]) -> Iterator[Run]:
+        """The owned part of `chunk`, cut where the group, the step number or being touched changes."""
+        run: Run | None = None
+        for owned in chunk.owned_slots():
+            fqn, group = owned.slot.fqn, owned.slot.optimizer_group
+            if fqn not in touched:
+                continue
+            step = self.steps_taken[fqn]
+            if run is not None and (run.stop, run.optimizer_group, run.step) == (owned.shard_start, group, step):
+                run = Run(run.start, owned.shard_stop, group, step)
+                continue
+            if run is not None:
+                yield run
+            run = Run(owned.shard_start, owned.shard_stop, group, step)
+        if run is not None:
+            yield run
+
+    def _hyper(self, run: Run) -> AdamHyper:
+        group = self.param_groups[run.optimizer_group]
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        return AdamHyper(
+            lr=float(group["lr"]),
+            beta1=beta1,
+            beta2=beta2,
+            eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]),
+            decoupled=bool(self._decoupled[run.optimizer_group]),
+            step=run.step,
+        )
+
+    def _gradients(self) -> Iterator[ChunkGradient]:
+        for group in self._groups:
+            yield from group.gradients
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        raise RuntimeError("the optimizer's state is spread over ranks and tiers: use megalith.engine.save_checkpoint")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        raise RuntimeError("the optimizer's state is spread over ranks and tiers: use megalith.engine.load_checkpoint")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if hasattr(self, "_groups"):
+            raise RuntimeError("the chunks are laid out: give all parameters to the optimizer before initialize()")
+        super().add_param_group(param_group)

@@ -1,0 +1,21 @@
+"""The names of a model's parameters, tied ones included."""
+
+from torch import nn
+
+
+def parameter_aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Every parameter of `model` once: its canonical name to all its names, more than one where it is tied.
+
+    The canonical name is the one whose initialisation and checkpoint entry count: the first that a transformers model
+    does not declare as tied to another (`all_tied_weights_keys`), else the first.
+    """
+    declared = declared_ties(model)
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {next((n for n in group if n not in declared), group[0]): tuple(group) for group in names.values()}
+
+
+def declared_ties(model: nn.Module) -> dict[str, str]:
+    """Names that the model class itself ties when it is built, to the names they are tied to."""
+    return getattr(model, "all_tied_weights_keys", None) or {}

@@ -1,0 +1,379 @@
+"""`initialize`: the wiring of one engine, in the order in which it happens."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from zlib import crc32
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .blocks import ModelParts, find_parts
+from .chunk import Chunk, place_chunks
+from .chunk_group import ChunkGroup
+from .collectives import RankGroup, make_rank_group, sum_over_ranks
+from .config import EngineConfig, Precision, check_folder
+from .gradients import GradientTraffic
+from .hooks import Schedule, UnitHooks
+from .lanes import InlineLane, Lane, make_lane
+from .layout import Layout, ParamSpec, pack
+from .materialize import initialize_parameters, rebuild_buffers
+from .optimizer import ZeroOptimizer, read_adam_groups
+from .pretrained import PretrainedFolder
+from .tiers import BufferPool, Ledger, OutOfBudgetError, Payload, Storage, Tier
+
+_ENGINE_ATTRIBUTE = "_megalith_engine"
+
+
+@dataclass
+class Engine:
+    """Everything that one call of `initialize` made. Reached through the model, by the functions below and in `checkpoint`."""
+
+    model: nn.Module
+    optimizer: ZeroOptimizer | None
+    config: EngineConfig
+    layout: Layout
+    groups: list[ChunkGroup]
+    schedule: Schedule
+    rank_group: RankGroup
+    ledger: Ledger
+    lanes: list[Lane]
+
+    def __deepcopy__(self, memo: dict) -> "Engine":
+        raise RuntimeError("a model that is sharded cannot be copied: copy it before initialize()")
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        return [chunk for group in self.groups for chunk in group.chunks]
+
+    def close(self) -> None:
+        for lane in self.lanes:
+            lane.close()
+
+
+def engine_of(model: nn.Module) -> Engine:
+    """Raises ValueError when `initialize` did not return this model."""
+    engine = model.__dict__.get(_ENGINE_ATTRIBUTE)
+    if engine is None:
+        raise ValueError(f"this {type(model).__name__} is not one that megalith.engine.initialize returned")
+    return engine
+
+
+def initialize(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    pretrained: str | os.PathLike | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    device: torch.device | str | None = None,
+    lane_delay: Callable[[], float] | None = None,
+    **options: Any,
+) -> tuple[nn.Module, ZeroOptimizer | None]:
+    """Store `model` in chunks, shard them over the ranks and place them on tiers.
+
+    The rest of a training loop stays as it was: forward, `loss.backward()` (in fp16 `optimizer.backward(loss)`), `step()`,
+    `zero_grad()`. Gradients are averaged over the ranks; `parameter.grad` is always None, since they live in chunks.
+
+    Args:
+        model: any module, on cpu, cuda or meta. The same object is returned, its parameters' names unchanged.
+        optimizer: a torch.optim.Adam or AdamW over its trainable parameters, or None when all are frozen. What is returned
+            shares its param_groups.
+        pretrained: a folder of safetensors in Hugging Face layout, streamed into the chunks.
+        process_group: the ranks that share the model; by default all.
+        device: where to compute; by default the current CUDA device, or the CPU where there is none.
+        lane_delay: for tests on a CPU: seconds to sleep before each piece of work on a lane.
+        options: the fields of `EngineConfig`.
+
+    A model on meta without `pretrained` is initialised by its own rules, the same at every world size. Otherwise the weights
+    of rank 0 count.
+
+    Raises ValueError, TypeError, FileNotFoundError or NotImplementedError that name the argument; OutOfBudgetError when the
+    budgets do not hold what is stored.
+    """
+    config = EngineConfig.from_keywords(**options)
+    device = _compute_device(device)
+    if _ENGINE_ATTRIBUTE in model.__dict__:
+        raise ValueError("this model was given to initialize() before")
+    folder = None if pretrained is None else PretrainedFolder(check_folder(pretrained, "pretrained"), model)
+    group_of = _optimizer_groups(model, optimizer)
+
+    parts = find_parts(model, config.max_chunk_numel)
+    rank_group = make_rank_group(process_group, device)
+    layout = pack(_specs(model, parts, group_of, config), rank_group.world_size, config.max_chunk_numel)
+    _check_same_model(layout, config, rank_group)
+
+    ledger = Ledger()
+    storage = Storage(device, ledger)
+    placements = place_chunks(layout.chunks, config, rank_group.rank, rank_group.world_size)
+    host_bytes = _check_budgets(layout, placements, config)
+    if host_bytes:
+        storage.reserve_host(host_bytes)
+
+    offloads = any(Tier.HOST in (placement.weight_tier, placement.optimizer_tier) for placement in placements)
+    moves = rank_group.is_distributed or offloads
+    lane = make_lane("transfers", device, lane_delay) if moves else InlineLane("transfers")
+    copy_lane = make_lane("copies", device, lane_delay) if offloads else InlineLane("copies")
+    traffic = GradientTraffic(rank_group, lane, BufferPool(storage, Payload.GRADIENT), ledger)
+
+    loader = _WeightLoader(model, folder, config, rank_group, device)
+    groups: list[ChunkGroup] = []
+    chunk_index = 0
+    for group_index, group_spec in enumerate(layout.groups):
+        chunks = []
+        for spec in group_spec.chunks:
+            name = f"{group_spec.name}[{len(chunks)}]"
+            chunks.append(Chunk(name, chunk_index, spec, placements[chunk_index], storage))
+            chunk_index += 1
+        loader.load(chunks)
+        for chunk in chunks:
+            if chunk.placement.sharded:
+                chunk.free_full()
+        groups.append(ChunkGroup(group_spec.name, group_index, chunks, rank_group, lane, copy_lane, traffic))
+    loader.load_buffers()
+
+    schedule = Schedule(groups, config, ledger, rank_group.is_distributed)
+    _register_hooks(model, parts, groups, schedule, config)
+    frozen = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    zero_optimizer = (
+        None if optimizer is None else ZeroOptimizer(optimizer, groups, schedule, rank_group, config, frozen)
+    )
+    engine = Engine(
+        model, zero_optimizer, config, layout, groups, schedule, rank_group, ledger, [lane, copy_lane]
+    )
+    model.__dict__[_ENGINE_ATTRIBUTE] = engine
+    return model, zero_optimizer
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[nn.Module]:
+    """Full weights of every parameter on every rank, for reading or generating. A collective. Writing to them has no effect
+    on what is at rest."""
+    schedule = engine_of(model).schedule
+    schedule.pin_all("gathered")
+    try:
+        yield model
+    finally:
+        schedule.unpin_all("gathered")
+        schedule.reshard_all()
+
+
+def memory_report(model: nn.Module) -> dict[str, dict[str, dict[str, int]]]:
+    """{tier: {payload: {"bytes", "peak_bytes"}}} on this rank, with each tier's "total"."""
+    return engine_of(model).ledger.report()
+
+
+# The steps of initialize
+
+
+def _compute_device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r}: {error}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={str(device)!r}: must be 'cpu' or 'cuda'")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("device='cuda': this machine has no CUDA device")
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _optimizer_groups(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[nn.Parameter, int]:
+    """The optimizer group of each parameter. Raises ValueError for trainable parameters that no group has, and the reverse."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    trainable = [parameter for parameter in names if parameter.requires_grad]
+    if optimizer is None:
+        if trainable:
+            raise ValueError(
+                f"optimizer=None, but {len(trainable)} parameters require gradients, such as {names[trainable[0]]}: "
+                "give an optimizer, or call model.requires_grad_(False)"
+            )
+        return {}
+    read_adam_groups(optimizer)
+    result = {}
+    for index, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            if parameter not in names:
+                raise ValueError(f"optimizer group {index} has a parameter of shape {list(parameter.shape)} not in model")
+            result[parameter] = index
+    missing = [names[parameter] for parameter in trainable if parameter not in result]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} parameters require gradients but are in no optimizer group, such as {missing[0]}: "
+            "add them, or call requires_grad_(False) on them"
+        )
+    return result
+
+
+def _specs(
+    model: nn.Module, parts: ModelParts, group_of: dict[nn.Parameter, int], config: EngineConfig
+) -> list[tuple[str, list[ParamSpec]]]:
+    compute_dtype = Precision(config.precision).dtype
+
+    def spec(fqn: str) -> ParamSpec:
+        parameter = model.get_parameter(fqn)
+        dtype = compute_dtype if parameter.is_floating_point() else parameter.dtype
+        trainable = parameter.requires_grad
+        return ParamSpec(fqn, tuple(parameter.shape), dtype, trainable, group_of[parameter] if trainable else -1)
+
+    return [(name, [spec(fqn) for fqn in fqns]) for name, fqns in parts.blocks]
+
+
+def _check_same_model(layout: Layout, config: EngineConfig, rank_group: RankGroup) -> None:
+    if not rank_group.is_distributed:
+        return
+    digest = float(crc32(repr((layout, config)).encode()))
+    total, total_of_squares = sum_over_ranks([digest, digest**2], rank_group)
+    # float64 holds a crc32 exactly and its square to 1e-16 of it.
+    if abs(total**2 / rank_group.world_size - total_of_squares) > 1e-12 * total_of_squares:
+        raise ValueError("ranks gave different models or different options to initialize()")
+
+
+def _check_budgets(layout: Layout, placements: list, config: EngineConfig) -> int:
+    """Bytes at rest on the host. Raises OutOfBudgetError when a budget does not hold what must be stored."""
+    needed = {Tier.DEVICE: 0, Tier.HOST: 0}
+    for spec, placement in zip(layout.chunks, placements, strict=True):
+        for (tier, _), nbytes in placement.payload_bytes(spec).items():
+            needed[tier] += nbytes
+    for tier, budget, field in (
+        (Tier.DEVICE, config.device_budget, "device_budget"),
+        (Tier.HOST, config.host_budget, "host_budget"),
+    ):
+        if budget is not None and needed[tier] > budget:
+            raise OutOfBudgetError(
+                f"{field} is {budget} bytes, and what is stored at rest on the {tier.value} takes {needed[tier]} bytes: "
+                "raise it, shard over more ranks, or offload more"
+            )
+    return needed[Tier.HOST]
+
+
+class _WeightLoader:
+    """Fills chunks with a model's weights, group by group, and makes its parameters views of them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        folder: PretrainedFolder | None,
+        config: EngineConfig,
+        rank_group: RankGroup,
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._folder = folder
+        self._config = config
+        self._rank_group = rank_group
+        self._device = device
+
+    @torch.no_grad()
+    def load(self, chunks: list[Chunk]) -> None:
+        for chunk in chunks:
+            values, views = self._whole_values(chunk)
+            if self._folder is not None:
+                self._folder.fill(views)
+            elif any(self._model.get_parameter(fqn).is_meta for fqn in views):
+                initialize_parameters(self._model, views, self._config.seed)
+            else:
+                for fqn, view in views.items():
+                    view.copy_(self._model.get_parameter(fqn))
+                self._broadcast(values)
+            chunk.load_full(values)
+            for fqn in views:
+                self._bind(fqn, chunk.views[fqn])
+
+    def load_buffers(self) -> None:
+        if self._folder is not None:
+            self._folder.fill_buffers(self._model, self._device)
+        rebuild_buffers(self._model, self._device)
+        for module in self._model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.device != self._device:
+                    module._buffers[name] = buffer.to(self._device)
+                self._broadcast(module._buffers[name])
+
+    def _whole_values(self, chunk: Chunk) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Room for the chunk's whole values [numel], in float32 where they are floats, and its slots as views of it."""
+        spec = chunk.spec
+        dtype = torch.float32 if spec.dtype.is_floating_point else spec.dtype
+        values = chunk.full.data if spec.dtype == dtype else torch.empty(spec.numel, dtype=dtype, device=self._device)
+        values[spec.used_numel :].zero_()
+        return values, {
+            slot.fqn: values[slot.offset_numel : slot.stop_numel].view(slot.shape) for slot in spec.slots
+        }
+
+    def _bind(self, fqn: str, view: torch.Tensor) -> None:
+        parameter = self._model.get_parameter(fqn)
+        if parameter.is_meta:
+            # A meta tensor cannot take real storage. The swap keeps the object, which the optimizer's groups hold.
+            torch.utils.swap_tensors(parameter, nn.Parameter(view, requires_grad=parameter.requires_grad))
+        else:
+            parameter.data = view
+        parameter.grad = None
+
+    def _broadcast(self, values: torch.Tensor) -> None:
+        if self._rank_group.is_distributed and values.numel():
+            dist.broadcast(values, group_src=0, group=self._rank_group.transfers)
+
+
+def _register_hooks(
+    model: nn.Module, parts: ModelParts, groups: list[ChunkGroup], schedule: Schedule, config: EngineConfig
+) -> None:
+    home = {slot.fqn: group for group in groups for chunk in group.chunks for slot in chunk.spec.slots}
+    if any(group.can_be_stale for group in groups):
+        hooks: dict[str, UnitHooks] = {}
+        for unit in parts.units:
+            needed = sorted({home[fqn] for fqn in unit.fqns}, key=lambda group: group.index)
+            unit_hooks = UnitHooks(unit, needed, hooks.get(unit.block), schedule)
+            unit_hooks.register()
+            if unit.block is None:
+                hooks[unit.name] = unit_hooks
+    for group in groups:
+        for gradient in group.gradients:
+            for slot in gradient.chunk.spec.slots:
+                model.get_parameter(slot.fqn).register_post_accumulate_grad_hook(
+                    lambda parameter, group=group, gradient=gradient, slot=slot: schedule.land(
+                        group, gradient, slot, parameter
+                    )
+                )
+
+    compute_dtype = Precision(config.precision).dtype
+
+    def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        schedule.recover()
+        return _cast_floats(args, compute_dtype), _cast_floats(kwargs, compute_dtype)
+
+    model.register_forward_pre_hook(before_forward, with_kwargs=True)
+
+    def before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        if any(not group.is_whole for group in groups if group.is_sharded):
+            raise RuntimeError(
+                "the weights are sharded: call state_dict() inside `with megalith.engine.gathered(model):`, "
+                "or use save_checkpoint or save_pretrained"
+            )
+        schedule.wait_all()
+
+    def before_load_state_dict(*_: Any) -> None:
+        raise RuntimeError(
+            "the weights are stored in chunks: load with load_checkpoint, with initialize(pretrained=...), "
+            "or into the model before initialize()"
+        )
+
+    model.register_state_dict_pre_hook(before_state_dict)
+    model.register_load_state_dict_pre_hook(before_load_state_dict)
+
+
+def _cast_floats(value: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors in tuples, lists and dicts, as `dtype`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if type(value) in (tuple, list):
+        return type(value)(_cast_floats(item, dtype) for item in value)
+    if type(value) is dict:
+        return {key: _cast_floats(item, dtype) for key, item in value.items()}
+    return value

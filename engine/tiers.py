@@ -1,0 +1,150 @@
+"""Tiers of memory, the ledger of what is stored on each, and the host's slabs."""
+
+import mmap
+import weakref
+from collections import Counter
+from enum import Enum
+
+import torch
+
+
+class Tier(Enum):
+    DEVICE = "device"
+    HOST = "host"
+    NVME = "nvme"
+
+
+class Payload(Enum):
+    """What a chunk has one of per kind."""
+
+    WEIGHT = "weight"
+    """The compute weight at rest: this rank's shard in stage 3, else the whole."""
+    GATHERED = "gathered"
+    """The whole weights of an unsharded chunk, freed when it is resharded."""
+    GRADIENT = "gradient"
+    """Transient: from the backward pass to the step."""
+    MASTER = "master"
+    """bf16: the master's low 16 bits. fp16: the float32 master. fp32: nothing, the weight is the master."""
+    EXP_AVG = "exp_avg"
+    EXP_AVG_SQ = "exp_avg_sq"
+
+
+class OutOfBudgetError(MemoryError):
+    """A tier's budget does not hold what must be stored on it; the message has both byte counts."""
+
+
+class Ledger:
+    """Bytes stored by tier and payload, now and at most. Counts what the engine allocates, to the byte."""
+
+    def __init__(self) -> None:
+        self._now: Counter[tuple[Tier, Payload]] = Counter()
+        self._peak: Counter[tuple[Tier, Payload]] = Counter()
+        self._tier_peak: Counter[Tier] = Counter()
+
+    def add(self, tier: Tier, payload: Payload, nbytes: int) -> None:
+        """`nbytes` is negative when storage is freed. Raises RuntimeError when more is freed than was stored."""
+        key = (tier, payload)
+        self._now[key] += nbytes
+        if self._now[key] < 0:
+            raise RuntimeError(f"ledger: {-self._now[key]} bytes more of {payload.value} freed than stored on {tier.value}")
+        self._peak[key] = max(self._peak[key], self._now[key])
+        self._tier_peak[tier] = max(self._tier_peak[tier], self.tier_bytes(tier))
+
+    def tier_bytes(self, tier: Tier) -> int:
+        return sum(self._now[tier, payload] for payload in Payload)
+
+    def report(self) -> dict[str, dict[str, dict[str, int]]]:
+        """{tier: {payload: {"bytes", "peak_bytes"}}} of what was ever stored, and each tier's "total"."""
+        result: dict[str, dict[str, dict[str, int]]] = {}
+        for tier in Tier:
+            rows = {
+                payload.value: {"bytes": self._now[tier, payload], "peak_bytes": self._peak[tier, payload]}
+                for payload in Payload
+                if self._peak[tier, payload]
+            }
+            if rows:
+                rows["total"] = {"bytes": self.tier_bytes(tier), "peak_bytes": self._tier_peak[tier]}
+                result[tier.value] = rows
+        return result
+
+
+class HostSlab:
+    """One exact allocation that pieces are cut from, page-locked when the device is a GPU.
+
+    Exact, because torch's pinned allocator rounds every block up to a power of two; one, because page-locking costs
+    milliseconds a call. The pages are anonymous memory that the system zeroes.
+    """
+
+    def __init__(self, nbytes: int, pin: bool) -> None:
+        self.nbytes = nbytes
+        self._taken_bytes = 0
+        pages = mmap.mmap(-1, max(nbytes, 1))
+        self._bytes = torch.frombuffer(pages, dtype=torch.uint8)
+        if pin:
+            cudart = torch.cuda.cudart()
+            pointer = self._bytes.data_ptr()
+            error = cudart.cudaHostRegister(pointer, nbytes, 0)
+            if int(error) != 0:
+                raise MemoryError(
+                    f"cannot page-lock {nbytes} bytes of host memory (CUDA error {int(error)}): "
+                    "raise the limit of locked memory (ulimit -l) or offload less"
+                )
+            weakref.finalize(self._bytes, cudart.cudaHostUnregister, pointer)
+
+    def take(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """The next `numel` zeros. Raises OutOfBudgetError past the end."""
+        start, stop = self._taken_bytes, self._taken_bytes + numel * dtype.itemsize
+        if stop > self.nbytes:
+            raise OutOfBudgetError(f"a host slab of {self.nbytes} bytes has no room for {stop - start} more than {start}")
+        self._taken_bytes = stop
+        return self._bytes[start:stop].view(dtype)
+
+
+class Storage:
+    """Allocates payloads on tiers and enters them in the ledger. What goes to the host is reserved first, so that it can be
+    taken as one slab of exact size."""
+
+    def __init__(self, device: torch.device, ledger: Ledger) -> None:
+        self.device = device
+        self.ledger = ledger
+        self._slab: HostSlab | None = None
+
+    def reserve_host(self, nbytes: int) -> None:
+        """Called once, before the first host payload is taken."""
+        self._slab = HostSlab(nbytes, pin=self.device.type == "cuda")
+
+    def zeros(self, tier: Tier, payload: Payload, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """A 1-D payload that lives as long as the engine."""
+        if tier is Tier.DEVICE:
+            tensor = torch.zeros(numel, dtype=dtype, device=self.device)
+        elif tier is Tier.HOST and self._slab is not None:
+            tensor = self._slab.take(numel, dtype)
+        else:
+            raise RuntimeError(f"nothing was reserved on tier {tier.value}")
+        self.ledger.add(tier, payload, tensor.nbytes)
+        return tensor
+
+
+class BufferPool:
+    """Transient device buffers, handed round by (numel, dtype).
+
+    On a CPU a buffer goes back to the pool and not to the system, which would zero its pages again at the next use. On a GPU
+    the caching allocator does this already.
+    """
+
+    def __init__(self, storage: Storage, payload: Payload) -> None:
+        self._storage = storage
+        self._payload = payload
+        self._free: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
+
+    def take(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised 1-D buffer."""
+        self._storage.ledger.add(Tier.DEVICE, self._payload, numel * dtype.itemsize)
+        free = self._free.get((numel, dtype))
+        return free.pop() if free else torch.empty(numel, dtype=dtype, device=self._storage.device)
+
+    def give_back(self, buffer: torch.Tensor) -> None:
+        """The caller has waited for whatever used the buffer."""
+        self._storage.ledger.add(Tier.DEVICE, self._payload, -buffer.nbytes)
+        if self._storage.device.type == "cpu":
+            self._free.setdefault((buffer.numel(), buffer.dtype), []).append(buffer)

@@ -1,0 +1,78 @@
+"""What one Adam step works on: its values, the constants that follow from them, and its tensors."""
+
+import ctypes
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class AdamScalars(NamedTuple):
+    """The constants of one step as every implementation receives them: computed in float64, then rounded to float32."""
+
+    beta1: float
+    one_minus_beta1: float
+    beta2: float
+    one_minus_beta2: float
+    decay: float  # AdamW: the factor 1 - lr * weight_decay on the weight; Adam: the weight's share in the gradient
+    step_size: float  # lr / (1 - beta1 ** step)
+    inverse_sqrt_bias2: float  # 1 / sqrt(1 - beta2 ** step)
+    eps: float
+
+
+@dataclass(frozen=True)
+class AdamHyper:
+    """One optimizer group's values for one step.
+
+    `decoupled` chooses AdamW (Loshchilov and Hutter 2019, Algorithm 2); otherwise the decay is added to the gradient, as
+    in `torch.optim.Adam`. `step` counts from 1 and corrects the bias of the moments (Kingma and Ba 2015, Algorithm 1).
+    Raises ValueError for a value outside its range.
+    """
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decoupled: bool
+    step: int
+
+    def __post_init__(self):
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} is {getattr(self, name)}, but has to lie in [0, 1)")
+        for name in ("lr", "eps", "weight_decay"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0.0):
+                raise ValueError(f"{name} is {getattr(self, name)}, but has to be finite and not negative")
+        if self.step < 1:
+            raise ValueError(f"step is {self.step}, but counts from 1: raise it before the update, not after")
+
+    def scalars(self) -> AdamScalars:
+        """The constants of this step, each the float32 nearest to its float64 value."""
+        exact = AdamScalars(
+            beta1=self.beta1,
+            one_minus_beta1=1.0 - self.beta1,
+            beta2=self.beta2,
+            one_minus_beta2=1.0 - self.beta2,
+            decay=1.0 - self.lr * self.weight_decay if self.decoupled else self.weight_decay,
+            step_size=self.lr / (1.0 - self.beta1**self.step),
+            inverse_sqrt_bias2=1.0 / math.sqrt(1.0 - self.beta2**self.step),
+            eps=self.eps,
+        )
+        return AdamScalars(*(ctypes.c_float(value).value for value in exact))
+
+
+class AdamTensors(NamedTuple):
+    """The tensors of one step, all [numel]; `fused_adam_` tells which go together."""
+
+    weight: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    remainder: Tensor | None = None
+    master: Tensor | None = None
+
+    def block(self, start: int, stop: int) -> "AdamTensors":
+        """Views of the elements from `start` to `stop`."""
+        return AdamTensors(*(None if tensor is None else tensor[start:stop] for tensor in self))
