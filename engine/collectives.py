@@ -87,7 +87,7 @@ def reduce_scatter(full: torch.Tensor, out: torch.Tensor, group: RankGroup, tag:
     parts = {peer: torch.empty_like(out) for peer in peers}
     _exchange({peer: slices[peer] for peer in peers}, parts, group, tag)
     parts[group.rank] = slices[group.rank]
-    sum_in_rank_order(parts, out)
+    sum_in_rank_order(parts, group.rank, out)
 
 
 def all_reduce(full: torch.Tensor, out: torch.Tensor, group: RankGroup, tag: int) -> None:
@@ -101,17 +101,20 @@ def all_reduce(full: torch.Tensor, out: torch.Tensor, group: RankGroup, tag: int
     all_gather_(out, group, tag)
 
 
-def sum_in_rank_order(parts: dict[int, torch.Tensor], out: torch.Tensor) -> None:
+def sum_in_rank_order(parts: dict[int, torch.Tensor], own_rank: int, out: torch.Tensor) -> None:
+    """out = parts[0] + parts[1] + …; `out` may be the memory of the own part, the others are overwritten."""
     ordered = [parts[rank] for rank in sorted(parts)]
-    if out.dtype == torch.float32:
-        torch.add(ordered[0], ordered[1], out=out)
-        for part in ordered[2:]:
-            out.add_(part)
+    if out.dtype != torch.float32:
+        total = ordered[0].float()
+        for part in ordered[1:]:
+            total.add_(part)
+        out.copy_(total)
         return
-    total = ordered[0].float()
-    for part in ordered[1:]:
-        total.add_(part)
-    out.copy_(total)
+    scratch = parts[1 if own_rank == 0 else 0]  # read by the first addition, so free from then on
+    total = ordered[0]
+    for part in ordered[1:-1]:
+        total = torch.add(total, part, out=scratch)
+    torch.add(total, ordered[-1], out=out)
 
 
 def sum_over_ranks(values: list[float], group: RankGroup) -> list[float]:
