@@ -1,16 +1,25 @@
 """The engine: parameters in chunks, ZeRO 0 to 3 over torch.distributed, placement over tiers."""
 
+from .checkpoint import CheckpointError
 from .config import EngineConfig, Precision
 from .optimizer import ZeroOptimizer
+from .persistence import load_checkpoint, save_checkpoint, save_pretrained
+from .planner import Plan, plan
 from .shard import gathered, initialize, memory_report
 from .tiers import OutOfBudgetError
 
 __all__ = [
+    "CheckpointError",
     "EngineConfig",
     "OutOfBudgetError",
+    "Plan",
     "Precision",
     "ZeroOptimizer",
     "gathered",
     "initialize",
+    "load_checkpoint",
     "memory_report",
+    "plan",
+    "save_checkpoint",
+    "save_pretrained",
 ]

@@ -26,8 +26,8 @@ class ModelParts:
 
 def find_parts(model: nn.Module, max_numel: int) -> ModelParts:
     """Blocks are what transformers says must not be split (`_no_split_modules`), else the entries of the outermost
-    `nn.ModuleList`s. What lies outside them (embeddings, final norm, head; all of a model that has no blocks) is grouped in
-    order of registration, a group being closed when it has `max_numel` parameters or a block follows."""
+    `nn.ModuleList`s. What lies outside them (embeddings, final norm, head; all of a model that has no blocks) is
+    grouped in order of registration, a group being closed when it has `max_numel` parameters or a block follows."""
     # A parameter's name is the first of its tied names, as in named_parameters().
     names = {parameter: name for name, parameter in model.named_parameters()}
     block_names = _block_names(model)

@@ -1,9 +1,9 @@
 """A chunk: where its payloads are. Storage only; what happens when is the group's and the hooks' business.
 
 The parameters of a model are views of their chunk's `full` buffer, made once. A chunk that is *sharded* is released by
-resizing that buffer's storage to zero and unsharded by resizing it back and filling it, so that views which autograd saved
-stay right; it is written through `.data`, so that no version counter moves. A chunk that is not sharded keeps `full` for good,
-and its weight at rest is a slice of it: with one rank the shard and the whole are the same memory.
+resizing that buffer's storage to zero and unsharded by resizing it back and filling it, so that views which autograd
+saved stay right; it is written through `.data`, so that no version counter moves. A chunk that is not sharded keeps
+`full` for good, and its weight at rest is a slice of it: with one rank the shard and the whole are the same memory.
 """
 
 from collections.abc import Iterator
@@ -19,8 +19,8 @@ from .tiers import Payload, Storage, Tier
 
 
 class ShardState(Enum):
-    """Who owns the memory of a chunk's weights. SHARDED: the weight at rest alone. UNSHARDED: `full` is allocated, and holds
-    the weights once the group's event has been waited for."""
+    """Who owns the memory of a chunk's weights. SHARDED: the weight at rest alone. UNSHARDED: `full` is allocated, and
+    holds the weights once the group's event has been waited for."""
 
     SHARDED = "sharded"
     UNSHARDED = "unsharded"
@@ -58,8 +58,8 @@ class ChunkPlacement:
 
 
 def place_chunks(specs: list[ChunkSpec], config: EngineConfig, rank: int, world_size: int) -> list[ChunkPlacement]:
-    """Place every chunk of a model, given in execution order. Offloaded are the first ones: the last of the forward pass are
-    the first of the backward pass, so that those cost no transfer when they stay."""
+    """Place every chunk of a model, given in execution order. Offloaded are the first ones: the last of the forward
+    pass are the first of the backward pass, so that those cost no transfer when they stay."""
     weight_on_host = _first_fraction(specs, config.weight_offload_fraction, lambda spec: True)
     state_on_host = _first_fraction(specs, config.optimizer_offload_fraction, lambda spec: spec.trainable)
     result = []
@@ -94,12 +94,17 @@ def _first_fraction(specs: list[ChunkSpec], fraction: float, counts) -> set[int]
 
 @dataclass(frozen=True)
 class OwnedSlot:
-    """The part of a parameter that this rank owns: elements [start, stop) of the parameter, at `shard_start` of the shard."""
+    """The part of a parameter that this rank owns: elements [start, stop) of the parameter, at `shard_start` of the
+    shard."""
 
     slot: Slot
     start: int
     stop: int
     shard_start: int
+
+    @property
+    def shard_slice(self) -> slice:
+        return slice(self.shard_start, self.shard_stop)
 
     @property
     def shard_stop(self) -> int:
@@ -116,9 +121,7 @@ class Chunk:
         self._storage = storage
         self.state = ShardState.UNSHARDED
         self.full: torch.Tensor = torch.empty(spec.numel, dtype=spec.dtype, device=storage.device)  # 1D [numel]
-        self.views = {
-            slot.fqn: self.full[slot.offset_numel : slot.stop_numel].view(slot.shape) for slot in spec.slots
-        }
+        self.views = {slot.fqn: self.full[slot.offset_numel : slot.stop_numel].view(slot.shape) for slot in spec.slots}
         start, stop = placement.owned
         self.weight: torch.Tensor  # 1D [owned_numel], the owned part of the weights at rest
         if placement.sharded:
@@ -131,7 +134,9 @@ class Chunk:
         self.master: torch.Tensor | None = None  # 1D float32 [owned_numel], fp16 only
         self.exp_avg: torch.Tensor | None = None  # 1D float32 [owned_numel]
         self.exp_avg_sq: torch.Tensor | None = None  # 1D float32 [owned_numel]
-        self.host_grad: torch.Tensor | None = None  # 1D [owned_numel], where gradients land when the state is on the host
+        self.host_grad: torch.Tensor | None = (
+            None  # 1D [owned_numel], where gradients land when the state is on the host
+        )
         if spec.trainable:
             self._allocate_state()
 
@@ -170,29 +175,32 @@ class Chunk:
             self.full.data[start:stop].copy_(self.weight, non_blocking=True)
 
     def load_full(self, values: torch.Tensor) -> None:
-        """Take weight and master from whole values [numel], float32 where they are floats; they may be `full` itself."""
+        """Take weight and master from whole values [numel], float32 where they are floats; they may be `full`
+        itself."""
         start, stop = self.placement.owned
         if not self.placement.sharded:
             self.full.data.copy_(values)
         self.load_owned_master(values[start:stop])
 
-    def load_owned_master(self, values: torch.Tensor) -> None:
-        """Take weight and master from the owned values [owned_numel], float32. Whoever calls it for a chunk that is not
-        sharded and not wholly owned gathers the rest."""
+    def load_owned_master(self, values: torch.Tensor, part: slice = slice(None)) -> None:
+        """Take weight and master of the owned elements in `part` from full-precision values. Of a chunk that is neither
+        sharded nor wholly owned, the caller gathers the rest."""
         if self.remainder is not None:
             high, low = split_master(values.float())
-            self.weight.data.copy_(high)
-            self.remainder.copy_(low)
+            self.weight.data[part].copy_(high)
+            self.remainder[part].copy_(low)
             return
-        self.weight.data.copy_(values)
+        self.weight.data[part].copy_(values)
         if self.master is not None:
-            self.master.copy_(values)
+            self.master[part].copy_(values)
 
-    def owned_master(self) -> torch.Tensor:
-        """The owned full-precision weights [owned_numel], float32: a new tensor unless they are stored as such."""
+    def values_of(self, payload: str, part: slice) -> torch.Tensor:
+        """The owned elements in `part` of "weight", "master" (float32, full precision), "exp_avg" or "exp_avg_sq"."""
+        if payload != "master":
+            return getattr(self, payload)[part]
         if self.remainder is not None:
-            return join_master(self.weight.to(self.remainder.device), self.remainder)
-        return self.weight if self.master is None else self.master
+            return join_master(self.weight[part].to(self.remainder.device), self.remainder[part])
+        return (self.weight if self.master is None else self.master)[part]
 
     def owned_slots(self) -> Iterator[OwnedSlot]:
         """The parts of this chunk's parameters in the owned range, in storage order."""

@@ -10,11 +10,18 @@ from .tiers import Tier
 
 
 class ChunkGroup:
-    """Weights are whole between `wait` and `reshard`. `unshard` starts a transfer and returns; `wait` orders the caller's
-    work after it. All three are collectives where ranks share the weights."""
+    """Weights are whole between `wait` and `reshard`. `unshard` starts a transfer and returns; `wait` orders the
+    caller's work after it. All three are collectives where ranks share the weights."""
 
     def __init__(
-        self, name: str, index: int, chunks: list[Chunk], group: RankGroup, lane: Lane, copy_lane: Lane, traffic: GradientTraffic
+        self,
+        name: str,
+        index: int,
+        chunks: list[Chunk],
+        group: RankGroup,
+        lane: Lane,
+        copy_lane: Lane,
+        traffic: GradientTraffic,
     ) -> None:
         self.name = name
         self.index = index
@@ -78,7 +85,9 @@ class ChunkGroup:
 
     def reshard(self) -> None:
         if self.pins:
-            raise RuntimeError(f"group {self.name} cannot be resharded: {', '.join(sorted(self.pins))} needs its weights")
+            raise RuntimeError(
+                f"group {self.name} cannot be resharded: {', '.join(sorted(self.pins))} needs its weights"
+            )
         self.wait()  # a transfer that nobody used may still be writing
         for chunk in self.chunks:
             if chunk.placement.sharded and chunk.state is ShardState.UNSHARDED:

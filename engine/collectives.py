@@ -1,8 +1,8 @@
 """Collectives over one chunk's flat buffer: free functions, and the only callers of torch.distributed in the hot path.
 
-On gloo they are made of sends and receives straight into slices: gloo's own all-gather and reduce-scatter go through fresh
-temporaries and measure 5 to 6 times slower, at 5 times the CPU time, which on a CPU is the time of the compute. The sum over
-ranks is taken in rank order, so that no bit of it depends on how parameters are cut into chunks.
+On gloo they are made of sends and receives straight into slices: gloo's own all-gather and reduce-scatter go through
+fresh temporaries and measure 5 to 6 times slower, at 5 times the CPU time, which on a CPU is the time of the compute.
+The sum over ranks is taken in rank order, so that no bit of it depends on how parameters are cut into chunks.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class RankGroup:
-    """The ranks that share a model. `transfers` carries chunks, `control` small host-side agreements; both are private to one
-    engine, so that the caller's own collectives can run beside a lane's."""
+    """The ranks that share a model. `transfers` carries chunks, `control` small host-side agreements; both are private
+    to one engine, so that the caller's own collectives can run beside a lane's."""
 
     rank: int
     world_size: int
@@ -25,13 +25,23 @@ class RankGroup:
     def is_distributed(self) -> bool:
         return self.world_size > 1
 
-    def barrier(self) -> None:
+    def barrier(self, error: Exception | None = None) -> None:
+        """Wait for all ranks. Where any brought an error, raise on all: its own, or a RuntimeError that names the
+        rank."""
+        errors = [None if error is None else f"{type(error).__name__}: {error}"]
         if self.is_distributed:
-            dist.barrier(group=self.control)
+            errors = [None] * self.world_size
+            dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}", self.control)
+        if error is not None:
+            raise error
+        for rank, message in enumerate(errors):
+            if message is not None:
+                raise RuntimeError(f"rank {rank} failed: {message}")
 
 
 def make_rank_group(parent: dist.ProcessGroup | None, device: torch.device) -> RankGroup:
-    """Called by every rank of `parent` (None: the default group, or one rank when torch.distributed is not initialised)."""
+    """Called by every rank of `parent` (None: the default group, or one rank when torch.distributed is not
+    initialised)."""
     if not dist.is_available() or not dist.is_initialized():
         if parent is not None:
             raise ValueError("process_group was given, but torch.distributed is not initialised")
@@ -66,8 +76,8 @@ def _exchange(sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor],
 
 
 def all_gather_(full: torch.Tensor, group: RankGroup, tag: int) -> None:
-    """Fill `full` [numel] from every rank's own slice of it, in place. `tag` tells chunks apart: ranks that gather different
-    chunks wait for each other instead of mixing weights."""
+    """Fill `full` [numel] from every rank's own slice of it, in place. `tag` tells chunks apart: ranks that gather
+    different chunks wait for each other instead of mixing weights."""
     slices = _slices(full, group.world_size)
     if full.is_cuda:
         dist.all_gather_into_tensor(full, slices[group.rank], group=group.transfers)
@@ -78,7 +88,8 @@ def all_gather_(full: torch.Tensor, group: RankGroup, tag: int) -> None:
 
 
 def reduce_scatter(full: torch.Tensor, out: torch.Tensor, group: RankGroup, tag: int) -> None:
-    """out [numel / world_size] = the sum over ranks of this rank's slice of `full` [numel]; 16-bit sums are taken in float32."""
+    """out [numel / world_size] = the sum over ranks of this rank's slice of `full` [numel]; 16-bit sums are taken in
+    float32."""
     slices = _slices(full, group.world_size)
     if full.is_cuda:
         dist.reduce_scatter_tensor(out, full, group=group.transfers)

@@ -14,8 +14,8 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 class Precision(Enum):
     """What a weight is stored as, and where its full-precision master is.
 
-    FP32: the weight is the master. BF16: the weight is the high half of the master, whose low 16 bits are stored beside it
-    (4 bytes a parameter in all). FP16: a float32 master beside a float16 weight, with dynamic loss scaling.
+    FP32: the weight is the master. BF16: the weight is the high half of the master, whose low 16 bits are stored beside
+    it (4 bytes a parameter in all). FP16: a float32 master beside a float16 weight, with dynamic loss scaling.
     """
 
     FP32 = "fp32"
@@ -57,7 +57,8 @@ class EngineConfig:
     param_offload: float | None = None
     """Fraction of the weights at rest on the host (placement="host", stage 3). None: all that the stage allows."""
     optimizer_offload: float | None = None
-    """Fraction of the optimizer state on the host, where its part of the step then runs (placement="host"). None: all."""
+    """Fraction of the optimizer state on the host, where its part of the step then runs (placement="host"). None:
+    all."""
     precision: str = "fp32"
     max_grad_norm: float | None = None
     """Global 2-norm that gradients are clipped to; None leaves them."""
@@ -93,7 +94,9 @@ class EngineConfig:
             if value > 0 and self.placement != "host":
                 reject(field, "needs placement='host'")
         if self.param_offload and self.zero_stage != 3:
-            reject("param_offload", f"needs zero_stage=3, and it is {self.zero_stage}: stages below 3 keep whole weights")
+            reject(
+                "param_offload", f"needs zero_stage=3, and it is {self.zero_stage}: stages below 3 keep whole weights"
+            )
         if self.precision not in {member.value for member in Precision}:
             reject("precision", "must be 'fp32', 'bf16' or 'fp16'")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
@@ -102,7 +105,11 @@ class EngineConfig:
             object.__setattr__(self, field, parse_bytes(getattr(self, field), field))
         if self.nvme_dir is not None:
             reject("nvme_dir", "needs placement='nvme', which is not built yet")
-        if isinstance(self.max_chunk_numel, bool) or not isinstance(self.max_chunk_numel, int) or self.max_chunk_numel < 1:
+        if (
+            isinstance(self.max_chunk_numel, bool)
+            or not isinstance(self.max_chunk_numel, int)
+            or self.max_chunk_numel < 1
+        ):
             reject("max_chunk_numel", "must be a whole number of parameters, at least 1")
         if isinstance(self.prefetch, bool) or not isinstance(self.prefetch, int) or self.prefetch < 0:
             reject("prefetch", "must be a whole number of groups, 0 for none")

@@ -1,8 +1,10 @@
 """The life of one chunk's gradient, from autograd to the step.
 
-1. A parameter's gradient *lands*: it is copied into the chunk's local buffer [numel] and freed. Later micro-batches are added
+1. A parameter's gradient *lands*: it is copied into the chunk's local buffer [numel] and freed. Later micro-batches are
+added
    there, in float32.
-2. The local buffer is *reduced* over the ranks, on the lane for collectives, into this rank's part [owned_numel], which is
+2. The local buffer is *reduced* over the ranks, on the lane for collectives, into this rank's part [owned_numel], which
+is
    moved to the tier of the optimizer state, and added to what earlier micro-batches left there.
 3. The step takes that part, and it is gone.
 """
@@ -18,6 +20,9 @@ from .lanes import Event, Lane
 from .layout import Slot
 from .tiers import BufferPool, Ledger, Payload, Tier
 
+MAX_IN_FLIGHT = 4
+"""Local buffers that wait for their reduction; one more and the backward pass waits for the oldest."""
+
 
 @dataclass
 class GradientTraffic:
@@ -27,13 +32,12 @@ class GradientTraffic:
     lane: Lane
     pool: BufferPool
     ledger: Ledger
-    max_in_flight: int = 4
     _in_flight: deque[tuple[Event, torch.Tensor]] = field(default_factory=deque)
 
     def hold(self, event: Event, buffer: torch.Tensor) -> None:
         """Keep `buffer` until `event`, before which the lane reads it."""
         self._in_flight.append((event, buffer))
-        while len(self._in_flight) > self.max_in_flight:
+        while len(self._in_flight) > MAX_IN_FLIGHT:
             self._release_oldest()
 
     def drain(self) -> None:
@@ -113,8 +117,8 @@ class ChunkGradient:
             self._traffic.hold(self._event, part)
 
     def finish(self) -> torch.Tensor | None:
-        """The reduced gradient [owned_numel] on the optimizer's tier, None when there was none. The host waits for it where it
-        lies on the host."""
+        """The reduced gradient [owned_numel] on the optimizer's tier, None when there was none. The host waits for it
+        where it lies on the host."""
         if self._event is not None:
             self._event.wait()
             if self.chunk.placement.optimizer_tier is Tier.HOST:
@@ -154,7 +158,8 @@ class ChunkGradient:
         return wide
 
     def _host_target(self, earlier: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        """Where a part of `dtype` goes on the host: the chunk's own slab, unless float32 is needed and the slab is narrower."""
+        """Where a part of `dtype` goes on the host: the chunk's own slab, unless float32 is needed and the slab is
+        narrower."""
         slab = self.chunk.host_grad
         if earlier is None and dtype == slab.dtype:
             return slab

@@ -3,8 +3,8 @@
 Around each unit (a block, or a module outside of blocks that owns parameters):
 
     before forward   its groups are unsharded, what comes next is prefetched, what is not needed is resharded
-    after forward    nothing is freed yet: the next use frees it, so that a unit called twice is gathered once, and the last
-                     block of the forward pass, the first of the backward pass, stays
+    after forward    nothing is freed yet: the next use frees it, so that a unit called twice is gathered once, and the
+                     last block of the forward pass, the first of the backward pass, stays
     before backward  (a gradient reaches an output) its groups are unsharded again
     after backward   (its inputs' gradients are complete) its groups may be resharded
     gradient lands   copied into the chunk's buffer; a group whose gradients have all landed is reduced
@@ -84,7 +84,8 @@ class Schedule:
         group.unshard()
 
     def _make_room(self, wanted: list[ChunkGroup]) -> None:
-        """Reshard what is not wanted: all of it, or with a budget, what is used farthest in the future until the rest fits."""
+        """Reshard what is not wanted: all of it, or with a budget, what is used farthest in the future until the rest
+        fits."""
         idle = [g for g in self.groups if g.is_sharded and g.is_whole and not g.pins and g not in wanted]
         if self._config.device_budget is not None:
             room = self._config.device_budget - self._ledger.tier_bytes(Tier.DEVICE)

@@ -1,8 +1,8 @@
 """Lanes: ordered queues of work, a CUDA stream on a GPU and a worker thread on a CPU; events order lanes.
 
-All movement of chunks goes through a lane, with one rule: work that is submitted starts after everything that the submitting
-thread has issued so far ("compute"), and after the lane's earlier work. Nothing else is ordered until somebody waits for the
-event that `submit` returns.
+All movement of chunks goes through a lane, with one rule: work that is submitted starts after everything that the
+submitting thread has issued so far ("compute"), and after the lane's earlier work. Nothing else is ordered until
+somebody waits for the event that `submit` returns.
 """
 
 import queue

@@ -1,11 +1,11 @@
 """Packing of parameters into chunks. Pure: no tensors, no processes.
 
 A *chunk* is contiguous storage of whole parameters in execution order, of one dtype, trainable or not. A *slot* is one
-parameter's place in it. A *group* is the chunks of one block, gathered together. Inside a chunk the slots of one optimizer
-group are neighbours, so that an optimizer step is one kernel launch a chunk and optimizer group.
+parameter's place in it. A *group* is the chunks of one block, gathered together. Inside a chunk the slots of one
+optimizer group are neighbours, so that an optimizer step is one kernel launch a chunk and optimizer group.
 
-Chunks are as long as what they hold, rounded up so that every rank's shard starts aligned: repeated blocks get chunks of
-equal size because they hold equal parameters, and padding is the rounding alone.
+Chunks are as long as what they hold, rounded up so that every rank's shard starts aligned: repeated blocks get chunks
+of equal size because they hold equal parameters, and padding is the rounding alone.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,8 @@ from itertools import groupby
 import torch
 
 ALIGNMENT_NUMEL = 64
-"""A shard starts at a multiple of this many elements: 128 bytes or more in every dtype, a cache line and a DMA burst."""
+"""A shard starts at a multiple of this many elements: 128 bytes or more in every dtype, a cache line and a DMA
+burst."""
 
 
 @dataclass(frozen=True)

@@ -90,8 +90,8 @@ def _rebuilt(model: nn.Module, path: str, module: nn.Module, names: list[str], s
     finally:
         module._buffers.update(placeholders)
     raise ValueError(
-        f"{path or 'the model'}: no rule rebuilds the buffers {unset} of {type(module).__name__}, made on meta. Set them in "
-        f"its reset_parameters() or in the model's _init_weights(module), or build the model on the CPU"
+        f"{path or 'the model'}: no rule rebuilds the buffers {unset} of {type(module).__name__}, made on meta. "
+        f"Set them in its reset_parameters() or in the model's _init_weights(module), or build the model on the CPU"
     )
 
 

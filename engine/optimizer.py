@@ -18,7 +18,8 @@ from .loss_scaler import DynamicLossScaler
 
 
 def read_adam_groups(optimizer: torch.optim.Optimizer) -> None:
-    """Raises what `initialize` cannot adopt: another optimizer than Adam and AdamW, or an option that the kernel lacks."""
+    """Raises what `initialize` cannot adopt: another optimizer than Adam and AdamW, or an option that the kernel
+    lacks."""
     if not isinstance(optimizer, torch.optim.Adam):  # AdamW is an Adam since torch 2.7
         raise TypeError(f"optimizer is a {type(optimizer).__name__}: give a torch.optim.Adam or torch.optim.AdamW")
     for index, group in enumerate(optimizer.param_groups):
@@ -45,9 +46,9 @@ class Run:
 class ZeroOptimizer(torch.optim.Optimizer):
     """What `initialize` returns for an Adam or AdamW: the same groups, so that any LR scheduler takes it.
 
-    `step()` consumes the gradients: it reduces what has not been reduced, clips by the global norm, updates what this rank
-    owns where its state lies, and starts the gathering of what changed. A gradient that is not finite skips the step on every
-    rank. As in torch, a parameter that got no gradient on any rank is left alone.
+    `step()` consumes the gradients: it reduces what has not been reduced, clips by the global norm, updates what this
+    rank owns where its state lies, and starts the gathering of what changed. A gradient that is not finite skips the
+    step on every rank. As in torch, a parameter that got no gradient on any rank is left alone.
     """
 
     def __init__(
@@ -247,6 +248,31 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         raise RuntimeError("the optimizer's state is spread over ranks and tiers: use megalith.engine.load_checkpoint")
+
+    def shared_state(self) -> dict[str, Any]:
+        """What is the same on all ranks, as plain values, for a checkpoint."""
+        return {
+            "groups": [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups],
+            "steps_taken": dict(self.steps_taken),
+            "skipped_steps": self.skipped_steps,
+            "expected_micro_steps": self._schedule.expected_micro_steps,
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+        }
+
+    def load_shared_state(self, state: dict[str, Any]) -> None:
+        """Raises ValueError when the optimizer has other groups."""
+        if len(state["groups"]) != len(self.param_groups):
+            raise ValueError(
+                f"the checkpoint has {len(state['groups'])} optimizer groups and this one {len(self.param_groups)}"
+            )
+        for group, saved in zip(self.param_groups, state["groups"], strict=True):
+            group.update(saved)
+        self.steps_taken.update({fqn: steps for fqn, steps in state["steps_taken"].items() if fqn in self.steps_taken})
+        self.skipped_steps = state["skipped_steps"]
+        self._schedule.expected_micro_steps = state["expected_micro_steps"]
+        if self.scaler is not None and state["scaler"] is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        self.zero_grad()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if hasattr(self, "_groups"):

@@ -1,6 +1,10 @@
-"""The names of a model's parameters, tied ones included."""
+"""The names of a model's parameters, tied ones included, and how an error lists them."""
+
+from collections.abc import Mapping
 
 from torch import nn
+
+_LISTED = 8
 
 
 def parameter_aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -19,3 +23,9 @@ def parameter_aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
 def declared_ties(model: nn.Module) -> dict[str, str]:
     """Names that the model class itself ties when it is built, to the names they are tied to."""
     return getattr(model, "all_tied_weights_keys", None) or {}
+
+
+def listed(entries: Mapping[str, object]) -> str:
+    """The first few names with their values, and how many more there are."""
+    more = f" and {len(entries) - _LISTED} more" if len(entries) > _LISTED else ""
+    return ", ".join(f"{name} {value}" for name, value in list(entries.items())[:_LISTED]) + more

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .parameter_names import parameter_aliases
+from .parameter_names import listed, parameter_aliases
 from .safetensors_io import SafetensorsFile, SafetensorsFileError
 from .weight_conversion import Conversion, is_transformers_model, loading_conversions
 
@@ -18,7 +18,6 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_LISTED = 8  # how many names of a kind an error lists
 
 
 class PretrainedFolder:
@@ -50,35 +49,46 @@ class PretrainedFolder:
         except ValueError as error:
             raise ValueError(f"{self.folder} does not fit {type(model).__name__}: {error}") from error
 
-        self._source: dict[str, tuple[Conversion, str]] = {}  # parameter or buffer -> what makes it, and the name made
-        self._tied_sources: dict[str, list[tuple[Conversion, str]]] = {}  # stored under more than one of its names
-        unexpected, misshapen = {}, {}
+        # Parameter or buffer to what makes it, and the name made; a tied parameter may be stored under more of its
+        # names.
+        self._source: dict[str, tuple[Conversion, str]] = {}
+        self._tied_sources: dict[str, list[tuple[Conversion, str]]] = {}
+        unexpected, misfits = self._match(conversions, shapes, persistent)
+        absent = {name: list(shapes[name]) for name in aliases if name not in self._source and name not in misfits}
+        self.missing = frozenset(name for name in absent if _may_be_missing(model, name, allow_missing))
+        ignored = _ignored(model, unexpected, stored) | (unexpected.keys() & buffers.keys())
+        problems = {
+            "missing": {name: shape for name, shape in absent.items() if name not in self.missing},
+            "unexpected": {name: shape for name, shape in unexpected.items() if name not in ignored},
+            "of another shape or kind": misfits,
+        }
+        if any(problems.values()):
+            lines = "".join(f"\n  {kind}: {listed(entries)}" for kind, entries in problems.items() if entries)
+            raise ValueError(f"{self.folder} is not a checkpoint of this {type(model).__name__}:{lines}")
+        self._buffers = [name for name in persistent if name in self._source]
+
+    def _match(
+        self, conversions: list[Conversion], shapes: Mapping[str, torch.Size], persistent: Collection[str]
+    ) -> tuple[dict[str, object], dict[str, object]]:
+        """Note what makes each parameter and buffer. Returns what is made and unknown, and what does not fit."""
+        unexpected, misfits = {}, {}
         for conversion in conversions:
             for name, tensor in conversion.targets.items():
                 fqn = self._canonical.get(name, name)
                 if fqn not in shapes:
                     unexpected[name] = list(tensor.shape)
                 elif tensor.shape != shapes[fqn]:
-                    misshapen[name] = f"{list(tensor.shape)}, the model has {list(shapes[fqn])}"
+                    misfits[fqn] = f"{list(tensor.shape)}, the model has {list(shapes[fqn])}"
                 elif tensor.dtype not in _WEIGHT_DTYPES and fqn not in persistent:
-                    misshapen[name] = f"{tensor.dtype}, quantised weights are not read"
-                elif fqn in self._source and name != fqn:
-                    self._tied_sources.setdefault(fqn, []).append((conversion, name))
-                else:
-                    if fqn in self._source:
-                        self._tied_sources.setdefault(fqn, []).append(self._source[fqn])
+                    misfits[fqn] = f"{tensor.dtype}, quantised weights are not read"
+                elif fqn not in self._source:
                     self._source[fqn] = conversion, name
-
-        absent = {name: list(shapes[name]) for name in aliases if name not in self._source and name not in misshapen}
-        self.missing = frozenset(name for name in absent if _may_be_missing(model, name, allow_missing))
-        absent = {name: shape for name, shape in absent.items() if name not in self.missing}
-        ignored = _ignored(model, unexpected, stored) | (unexpected.keys() & buffers.keys())
-        unexpected = {name: shape for name, shape in unexpected.items() if name not in ignored}
-        problems = {"missing": absent, "unexpected": unexpected, "of another shape or kind": misshapen}
-        if any(problems.values()):
-            lines = "".join(f"\n  {kind}: {_listed(entries)}" for kind, entries in problems.items() if entries)
-            raise ValueError(f"{self.folder} is not a checkpoint of this {type(model).__name__}:{lines}")
-        self._buffers = [name for name in persistent if name in self._source]
+                elif name == fqn:
+                    self._tied_sources.setdefault(fqn, []).append(self._source[fqn])
+                    self._source[fqn] = conversion, name
+                else:
+                    self._tied_sources.setdefault(fqn, []).append((conversion, name))
+        return unexpected, misfits
 
     def __contains__(self, fqn: str) -> bool:
         return self._canonical.get(fqn, fqn) in self._source
@@ -178,8 +188,3 @@ def _ignored(model: nn.Module, unexpected: Collection[str], stored: Collection[s
     if any(name.startswith(prefix) for name in stored):
         ignored |= {name for name in unexpected if not name.startswith(prefix)}
     return ignored
-
-
-def _listed(entries: Mapping[str, object]) -> str:
-    more = f" and {len(entries) - _LISTED} more" if len(entries) > _LISTED else ""
-    return ", ".join(f"{name} {value}" for name, value in list(entries.items())[:_LISTED]) + more

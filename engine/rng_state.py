@@ -8,7 +8,7 @@ import torch
 
 
 def capture_rng_state() -> dict[str, Any]:
-    """The states of torch's CPU generator, of the current CUDA device's where there is one, of Python's and of numpy's."""
+    """The states of torch's CPU generator, Python's, numpy's, and the current CUDA device's where there is one."""
     state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy.random.get_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()

@@ -10,7 +10,8 @@ dtype, shape and [start, stop) bytes, counted from the header's end; then the by
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -137,10 +138,12 @@ class SafetensorsWriter:
         self._start_bytes = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in self._entries}
         self.nbytes = 8 + len(text) + offset
         require_disk_space(self.path.parent, self.nbytes)
-        self._fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        with self._errors_name_the_file():
+            self._fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
+            with self._errors_name_the_file():
+                os.truncate(self._fd, self.nbytes)
             self._write_at(0, memoryview(len(text).to_bytes(8, "little") + text))
-            os.truncate(self._fd, self.nbytes)
         except BaseException:
             self._discard()
             raise
@@ -166,10 +169,15 @@ class SafetensorsWriter:
             self._write_at(start, tensor_bytes(tensor.detach().cpu().contiguous()))
 
     def _write_at(self, start_bytes: int, data: memoryview) -> None:
-        try:
+        with self._errors_name_the_file():
             while data:
                 written = os.pwrite(self._fd, data, start_bytes)
                 data, start_bytes = data[written:], start_bytes + written
+
+    @contextmanager
+    def _errors_name_the_file(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise SafetensorsFileError(f"writing {self.path} of {self.nbytes} bytes: {error.strerror}") from error
 
@@ -187,7 +195,12 @@ class SafetensorsWriter:
             if kind is None:
                 raise SafetensorsFileError(f"{self.path}: elements were never written: {left}")
             return
-        os.fsync(self._fd)
+        try:
+            with self._errors_name_the_file():
+                os.fsync(self._fd)
+        except BaseException:
+            self._discard()
+            raise
         os.close(self._fd)
         os.replace(self._partial, self.path)
         fsync_folder(self.path.parent)
@@ -247,7 +260,7 @@ class SafetensorsFile:
                 f"{self.path}: {name} has {stored.numel} elements; {out.numel()} were asked for from {offset_numel} on"
             )
         if not out.is_contiguous():
-            whole = torch.empty(out.shape, dtype=out.dtype)
+            whole = torch.empty(out.shape, dtype=out.dtype, device="cpu")
             self.read_into(name, whole, offset_numel)
             out.copy_(whole)
             return
@@ -259,7 +272,7 @@ class SafetensorsFile:
                 self._read_exactly(file, tensor_bytes(flat), name)
                 return
             step_numel = _READ_BYTES // stored.dtype.itemsize
-            buffer = torch.empty(min(step_numel, flat.numel()), dtype=stored.dtype)
+            buffer = torch.empty(min(step_numel, flat.numel()), dtype=stored.dtype, device="cpu")
             for begin in range(0, flat.numel(), step_numel):
                 part = flat[begin : begin + step_numel]
                 self._read_exactly(file, tensor_bytes(buffer[: part.numel()]), name)

@@ -30,7 +30,8 @@ _ENGINE_ATTRIBUTE = "_megalith_engine"
 
 @dataclass
 class Engine:
-    """Everything that one call of `initialize` made. Reached through the model, by the functions below and in `checkpoint`."""
+    """Everything that one call of `initialize` made. Reached through the model, by the functions below and in
+    `checkpoint`."""
 
     model: nn.Module
     optimizer: ZeroOptimizer | None
@@ -44,6 +45,10 @@ class Engine:
 
     def __deepcopy__(self, memo: dict) -> "Engine":
         raise RuntimeError("a model that is sharded cannot be copied: copy it before initialize()")
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return Precision(self.config.precision).dtype
 
     @property
     def chunks(self) -> list[Chunk]:
@@ -74,12 +79,14 @@ def initialize(
 ) -> tuple[nn.Module, ZeroOptimizer | None]:
     """Store `model` in chunks, shard them over the ranks and place them on tiers.
 
-    The rest of a training loop stays as it was: forward, `loss.backward()` (in fp16 `optimizer.backward(loss)`), `step()`,
-    `zero_grad()`. Gradients are averaged over the ranks; `parameter.grad` is always None, since they live in chunks.
+    The rest of a training loop stays as it was: forward, `loss.backward()` (in fp16 `optimizer.backward(loss)`),
+    `step()`, `zero_grad()`. Gradients are averaged over the ranks; `parameter.grad` is always None, since they live in
+    chunks.
 
     Args:
         model: any module, on cpu, cuda or meta. The same object is returned, its parameters' names unchanged.
-        optimizer: a torch.optim.Adam or AdamW over its trainable parameters, or None when all are frozen. What is returned
+        optimizer: a torch.optim.Adam or AdamW over its trainable parameters, or None when all are frozen. What is
+        returned
             shares its param_groups.
         pretrained: a folder of safetensors in Hugging Face layout, streamed into the chunks.
         process_group: the ranks that share the model; by default all.
@@ -87,22 +94,22 @@ def initialize(
         lane_delay: for tests on a CPU: seconds to sleep before each piece of work on a lane.
         options: the fields of `EngineConfig`.
 
-    A model on meta without `pretrained` is initialised by its own rules, the same at every world size. Otherwise the weights
-    of rank 0 count.
+    A model on meta without `pretrained` is initialised by its own rules, the same at every world size. Otherwise the
+    weights of rank 0 count.
 
-    Raises ValueError, TypeError, FileNotFoundError or NotImplementedError that name the argument; OutOfBudgetError when the
-    budgets do not hold what is stored.
+    Raises ValueError, TypeError, FileNotFoundError or NotImplementedError that name the argument; OutOfBudgetError when
+    the budgets do not hold what is stored.
     """
     config = EngineConfig.from_keywords(**options)
     device = _compute_device(device)
     if _ENGINE_ATTRIBUTE in model.__dict__:
         raise ValueError("this model was given to initialize() before")
     folder = None if pretrained is None else PretrainedFolder(check_folder(pretrained, "pretrained"), model)
-    group_of = _optimizer_groups(model, optimizer)
+    group_of = optimizer_groups(model, optimizer)
 
     parts = find_parts(model, config.max_chunk_numel)
     rank_group = make_rank_group(process_group, device)
-    layout = pack(_specs(model, parts, group_of, config), rank_group.world_size, config.max_chunk_numel)
+    layout = pack(layout_specs(model, parts, group_of, config), rank_group.world_size, config.max_chunk_numel)
     _check_same_model(layout, config, rank_group)
 
     ledger = Ledger()
@@ -140,17 +147,15 @@ def initialize(
     zero_optimizer = (
         None if optimizer is None else ZeroOptimizer(optimizer, groups, schedule, rank_group, config, frozen)
     )
-    engine = Engine(
-        model, zero_optimizer, config, layout, groups, schedule, rank_group, ledger, [lane, copy_lane]
-    )
+    engine = Engine(model, zero_optimizer, config, layout, groups, schedule, rank_group, ledger, [lane, copy_lane])
     model.__dict__[_ENGINE_ATTRIBUTE] = engine
     return model, zero_optimizer
 
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[nn.Module]:
-    """Full weights of every parameter on every rank, for reading or generating. A collective. Writing to them has no effect
-    on what is at rest."""
+    """Full weights of every parameter on every rank, for reading or generating. A collective. Writing to them has no
+    effect on what is at rest."""
     schedule = engine_of(model).schedule
     schedule.pin_all("gathered")
     try:
@@ -185,8 +190,9 @@ def _compute_device(device: torch.device | str | None) -> torch.device:
     return device
 
 
-def _optimizer_groups(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[nn.Parameter, int]:
-    """The optimizer group of each parameter. Raises ValueError for trainable parameters that no group has, and the reverse."""
+def optimizer_groups(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[nn.Parameter, int]:
+    """The optimizer group of each parameter. Raises ValueError for trainable parameters that no group has, and the
+    reverse."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     trainable = [parameter for parameter in names if parameter.requires_grad]
     if optimizer is None:
@@ -201,7 +207,9 @@ def _optimizer_groups(model: nn.Module, optimizer: torch.optim.Optimizer | None)
     for index, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
             if parameter not in names:
-                raise ValueError(f"optimizer group {index} has a parameter of shape {list(parameter.shape)} not in model")
+                raise ValueError(
+                    f"optimizer group {index} has a parameter of shape {list(parameter.shape)} not in model"
+                )
             result[parameter] = index
     missing = [names[parameter] for parameter in trainable if parameter not in result]
     if missing:
@@ -212,7 +220,7 @@ def _optimizer_groups(model: nn.Module, optimizer: torch.optim.Optimizer | None)
     return result
 
 
-def _specs(
+def layout_specs(
     model: nn.Module, parts: ModelParts, group_of: dict[nn.Parameter, int], config: EngineConfig
 ) -> list[tuple[str, list[ParamSpec]]]:
     compute_dtype = Precision(config.precision).dtype
@@ -303,9 +311,7 @@ class _WeightLoader:
         dtype = torch.float32 if spec.dtype.is_floating_point else spec.dtype
         values = chunk.full.data if spec.dtype == dtype else torch.empty(spec.numel, dtype=dtype, device=self._device)
         values[spec.used_numel :].zero_()
-        return values, {
-            slot.fqn: values[slot.offset_numel : slot.stop_numel].view(slot.shape) for slot in spec.slots
-        }
+        return values, {slot.fqn: values[slot.offset_numel : slot.stop_numel].view(slot.shape) for slot in spec.slots}
 
     def _bind(self, fqn: str, view: torch.Tensor) -> None:
         parameter = self._model.get_parameter(fqn)

@@ -1,6 +1,7 @@
 """Nested values with tensors anywhere in them, as JSON and a flat dictionary of tensors. No pickle.
 
-JSON has no tuples, no keys but strings, no arrays: what it lacks is an object with one tag for key, `{"$tuple": [...]}`.
+JSON has no tuples, no keys but strings, no arrays: what it lacks is an object with one tag for key, `{"$tuple":
+[...]}`.
 """
 
 from collections.abc import Mapping
@@ -16,8 +17,8 @@ _TENSOR, _ARRAY, _SCALAR, _TUPLE, _DICT = "$tensor", "$array", "$scalar", "$tupl
 def encode_tree(value: Any, prefix: str) -> tuple[Any, dict[str, Tensor]]:
     """A JSON value and the tensors that it names, each name beginning with `prefix`.
 
-    `value` is made of None, bool, int, float, str, list, tuple, dict (any keys of these kinds), tensors, numpy arrays and numpy
-    scalars. Raises TypeError that names the place of anything else.
+    `value` is made of None, bool, int, float, str, list, tuple, dict (any keys of these kinds), tensors, numpy arrays
+    and numpy scalars. Raises TypeError that names the place of anything else.
     """
     tensors: dict[str, Tensor] = {}
 

@@ -46,7 +46,9 @@ class Ledger:
         key = (tier, payload)
         self._now[key] += nbytes
         if self._now[key] < 0:
-            raise RuntimeError(f"ledger: {-self._now[key]} bytes more of {payload.value} freed than stored on {tier.value}")
+            raise RuntimeError(
+                f"ledger: {-self._now[key]} bytes more of {payload.value} freed than stored on {tier.value}"
+            )
         self._peak[key] = max(self._peak[key], self._now[key])
         self._tier_peak[tier] = max(self._tier_peak[tier], self.tier_bytes(tier))
 
@@ -95,14 +97,16 @@ class HostSlab:
         """The next `numel` zeros. Raises OutOfBudgetError past the end."""
         start, stop = self._taken_bytes, self._taken_bytes + numel * dtype.itemsize
         if stop > self.nbytes:
-            raise OutOfBudgetError(f"a host slab of {self.nbytes} bytes has no room for {stop - start} more than {start}")
+            raise OutOfBudgetError(
+                f"a host slab of {self.nbytes} bytes has no room for {stop - start} more than {start}"
+            )
         self._taken_bytes = stop
         return self._bytes[start:stop].view(dtype)
 
 
 class Storage:
-    """Allocates payloads on tiers and enters them in the ledger. What goes to the host is reserved first, so that it can be
-    taken as one slab of exact size."""
+    """Allocates payloads on tiers and enters them in the ledger. What goes to the host is reserved first, so that it
+    can be taken as one slab of exact size."""
 
     def __init__(self, device: torch.device, ledger: Ledger) -> None:
         self.device = device
@@ -128,8 +132,8 @@ class Storage:
 class BufferPool:
     """Transient device buffers, handed round by (numel, dtype).
 
-    On a CPU a buffer goes back to the pool and not to the system, which would zero its pages again at the next use. On a GPU
-    the caching allocator does this already.
+    On a CPU a buffer goes back to the pool and not to the system, which would zero its pages again at the next use. On
+    a GPU the caching allocator does this already.
     """
 
     def __init__(self, storage: Storage, payload: Payload) -> None:

@@ -1,9 +1,9 @@
 """The recorded order in which groups are used, and what it predicts.
 
-What follows a use is remembered by the two uses before it. So a trace needs no notion of where an iteration begins, several
-programs (training, evaluation, generation) share one trace without disturbing each other, and an order that changes is
-learned anew at the place where it changed. A prediction is a hint: a wrong one costs a transfer, never a result. It is a
-function of the order of uses alone, so that ranks that run the same program prefetch the same groups.
+What follows a use is remembered by the two uses before it. So a trace needs no notion of where an iteration begins,
+several programs (training, evaluation, generation) share one trace without disturbing each other, and an order that
+changes is learned anew at the place where it changed. A prediction is a hint: a wrong one costs a transfer, never a
+result. It is a function of the order of uses alone, so that ranks that run the same program prefetch the same groups.
 """
 
 from collections.abc import Hashable

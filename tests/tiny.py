@@ -2,7 +2,15 @@
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, MixtralConfig, OPTConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+    Qwen2Config,
+)
 
 VOCAB = 97
 
@@ -45,7 +53,9 @@ def config_of(family: str, **changes):
     if family == "bloom":
         return BloomConfig(
             **{
-                **dict(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.0, attention_dropout=0.0),
+                **dict(
+                    vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.0, attention_dropout=0.0
+                ),
                 **changes,
             }
         )
@@ -71,7 +81,8 @@ def rank_rows(batch: torch.Tensor, rank: int, world_size: int) -> torch.Tensor:
 
 
 def update_error(initial: dict, ours: dict, reference: dict) -> float:
-    """Relative error of the update itself, ‖ΔW − ΔW_ref‖ / ‖ΔW_ref‖ over all parameters: a step that does nothing gives 1."""
+    """Relative error of the update itself, ‖ΔW − ΔW_ref‖ / ‖ΔW_ref‖ over all parameters: a step that does nothing gives
+    1."""
     difference = sum(((ours[name] - reference[name]).double() ** 2).sum() for name in reference)
     moved = sum(((reference[name] - initial[name]).double() ** 2).sum() for name in reference)
     return float((difference / moved).sqrt())

@@ -4,10 +4,9 @@ import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
+import megalith.engine as engine
 import torch
 from tiny import batches, make_model, rank_rows, weights_of
-
-import megalith.engine as engine
 
 
 @dataclass(frozen=True)
