@@ -100,9 +100,9 @@ class ChunkGroup:
             chunk for chunk in self.chunks if chunk.placement.sharded or (chunk in updated and self._shares(chunk))
         ]
 
-    def reduce_gradients(self) -> None:
+    def reduce_gradients(self, final: bool) -> None:
         for gradient in self.gradients:
-            gradient.reduce()
+            gradient.reduce(final)
 
     def _shares(self, chunk: Chunk) -> bool:
         return self._group.is_distributed and chunk.placement.owned_numel < chunk.spec.numel

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..kernels import sum_of_squares
 from .chunk import Chunk
 from .collectives import RankGroup, all_reduce, reduce_scatter
 from .lanes import Event, Lane
@@ -57,6 +58,7 @@ class ChunkGradient:
         self._local: torch.Tensor | None = None  # 1D [numel], on the device
         self._landed: set[str] = set()
         self._reduced: torch.Tensor | None = None  # 1D [owned_numel], on the optimizer's tier
+        self._sum_of_squares: torch.Tensor | None = None  # float64 [1], of the reduced gradient
         self._event: Event | None = None
 
     @property
@@ -78,10 +80,14 @@ class ChunkGradient:
             place.copy_(gradient)
             self._landed.add(slot.fqn)
 
-    def reduce(self) -> None:
-        """Start the reduction of what has landed; what has not counts as zero. A collective."""
+    def reduce(self, final: bool) -> None:
+        """Start the reduction of what has landed; what has not counts as zero. A collective.
+
+        `final`: no more is expected before the step, so that the norm is taken while the values are in the cache.
+        """
         local = self._take_local()
         earlier = self.finish()  # the lane adds to it, so the reduction that made it must have ended
+        self._sum_of_squares = None
         on_host = self.chunk.placement.optimizer_tier is Tier.HOST
         if not self._traffic.group.is_distributed and not on_host:
             if earlier is None:
@@ -89,6 +95,8 @@ class ChunkGradient:
             else:
                 self._reduced = self._in_float32(earlier).add_(local)
                 self._traffic.pool.give_back(local)
+            if final:
+                self._sum_of_squares = sum_of_squares(self._reduced)
             return
         in_place = self.chunk.placement.owned_numel == self.chunk.spec.numel
         part = local if in_place else self._traffic.pool.take(self.chunk.placement.owned_numel, local.dtype)
@@ -103,12 +111,12 @@ class ChunkGradient:
                 if self._traffic.group.is_distributed:
                     collective = all_reduce if in_place else reduce_scatter
                     collective(local, part, self._traffic.group, self.chunk.index)
-                if target is part:
-                    return
-                if first:
+                if target is not part and first:
                     target.copy_(part, non_blocking=True)
-                else:
+                elif target is not part:
                     target.add_(part.to(target.device))
+                if final:
+                    self._sum_of_squares = sum_of_squares(part if first else target)
 
         self._event = self._traffic.lane.submit(work, f"reduce {self.chunk.name}")
         if not in_place:
@@ -126,6 +134,13 @@ class ChunkGradient:
             self._event = None
         return self._reduced
 
+    def squares(self) -> torch.Tensor | None:
+        """The sum of squares of the reduced gradient, float64 [1], None when there is no gradient."""
+        reduced = self.finish()
+        if reduced is not None and self._sum_of_squares is None:
+            self._sum_of_squares = sum_of_squares(reduced)
+        return self._sum_of_squares
+
     def drop(self) -> None:
         """Forget everything, landed and reduced."""
         reduced = self.finish()
@@ -136,6 +151,7 @@ class ChunkGradient:
         elif reduced is not None and reduced is not self.chunk.host_grad:
             self._traffic.ledger.add(Tier.HOST, Payload.GRADIENT, -reduced.nbytes)
         self._reduced = None
+        self._sum_of_squares = None
 
     def _take_local(self) -> torch.Tensor:
         local = self._local

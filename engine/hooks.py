@@ -161,11 +161,15 @@ class Schedule:
         if self._reduces_now():
             self._reduce_ready()
 
+    @property
+    def _is_final(self) -> bool:
+        """Whether this is the step's last backward pass, as far as the step before tells."""
+        return self.micro_steps + 1 >= self.expected_micro_steps
+
     def _reduces_now(self) -> bool:
         """Whether gradients leave in this backward pass or wait for a later one. The same on every rank."""
-        if not self._distributed and self._config.optimizer_offload_fraction == 0:
-            return False
-        return self._config.zero_stage >= 2 or self.micro_steps + 1 >= self.expected_micro_steps
+        leaves_early = self._config.zero_stage >= 2 and self._distributed
+        return leaves_early or self._config.optimizer_offload_fraction > 0 or self._is_final
 
     def _reduce_ready(self) -> None:
         """Reduce the groups that are complete, in descending order and no group before its predecessor."""
@@ -180,7 +184,7 @@ class Schedule:
         self._next_reduce -= 1
         if group.gradients:
             self._note_order(group.index + len(self.groups))
-            group.reduce_gradients()
+            group.reduce_gradients(self._is_final)
 
     def _end_backward(self) -> None:
         if self._reduces_now():

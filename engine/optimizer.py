@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..kernels import AdamHyper, fused_adam_, sum_of_squares
+from ..kernels import AdamHyper, fused_adam_
 from .chunk import Chunk
 from .chunk_group import ChunkGroup
 from .collectives import RankGroup, sum_over_ranks
@@ -148,14 +148,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
         schedule.order_hash = 0
         for group, is_waiting in reversed(list(zip(self._groups, waiting, strict=True))):
             if is_waiting:
-                group.reduce_gradients()
+                group.reduce_gradients(final=True)
         return {fqn for fqn, flag in zip(names, flags, strict=True) if flag}
 
     def _norm(self) -> tuple[float, bool]:
         """Global 2-norm of the averaged, unscaled gradient, and whether it is not finite."""
-        parts = [gradient.finish() for gradient in self._gradients()]
-        sums = [sum_of_squares(part) for part in parts if part is not None]
-        total = sum(torch.stack([value.cpu() for value in sums]).flatten().tolist()) if sums else 0.0
+        squares = [gradient.squares() for gradient in self._gradients()]
+        total = math.fsum(float(value) for value in squares if value is not None)
         if self._config.zero_stage > 0:  # below, every rank holds the whole gradient
             [total] = sum_over_ranks([total], self._rank_group)
         return math.sqrt(total) * self._averaging(), not math.isfinite(total)

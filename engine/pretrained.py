@@ -17,6 +17,8 @@ from .weight_conversion import Conversion, is_transformers_model, loading_conver
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
+# Buffers that earlier models saved and none reads any more.
+_OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$")
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -181,8 +183,8 @@ def _ignored(model: nn.Module, unexpected: Collection[str], stored: Collection[s
     """Those of the `unexpected` tensors that `from_pretrained` would leave unread without a doubt."""
     if not is_transformers_model(model):
         return set()
-    declared = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
-    ignored = {name for name in unexpected if any(re.search(pattern, name) for pattern in declared)}
+    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), *_OLD_BUFFERS]
+    ignored = {name for name in unexpected if any(re.search(pattern, name) for pattern in patterns)}
     # Beside a base model under its prefix lie heads, of which `model` may have another or none.
     prefix = f"{model.base_model_prefix}."
     if any(name.startswith(prefix) for name in stored):
