@@ -6,6 +6,7 @@ The sum over ranks is taken in rank order, so that no bit of it depends on how p
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,7 @@ class RankGroup:
                 raise RuntimeError(f"rank {rank} failed: {message}")
 
 
-def make_rank_group(parent: dist.ProcessGroup | None, device: torch.device) -> RankGroup:
+def make_rank_group(parent: dist.ProcessGroup | None, device: torch.device, timeout_s: float) -> RankGroup:
     """Called by every rank of `parent` (None: the default group, or one rank when torch.distributed is not
     initialised)."""
     if not dist.is_available() or not dist.is_initialized():
@@ -50,13 +51,15 @@ def make_rank_group(parent: dist.ProcessGroup | None, device: torch.device) -> R
     if world_size == 1:
         return RankGroup(0, 1, None, None)
     ranks = dist.get_process_group_ranks(parent or dist.group.WORLD)
-    local = parent is not None  # ranks outside a sub-group do not come here
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    shared = {
+        "timeout": timedelta(seconds=timeout_s),
+        "use_local_synchronization": parent is not None,  # ranks outside a sub-group do not come here
+    }
     return RankGroup(
         dist.get_rank(parent),
         world_size,
-        dist.new_group(ranks, backend=backend, use_local_synchronization=local),
-        dist.new_group(ranks, backend="gloo", use_local_synchronization=local),
+        dist.new_group(ranks, backend="nccl" if device.type == "cuda" else "gloo", **shared),
+        dist.new_group(ranks, backend="gloo", **shared),
     )
 
 

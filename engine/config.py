@@ -72,6 +72,8 @@ class EngineConfig:
     """How many groups are gathered ahead of their use."""
     loss_scale: float = 2.0**16
     """fp16 only: the first loss scale."""
+    timeout_s: float = 600.0
+    """How long a rank waits for the others in a transfer before it raises."""
     seed: int = 0
     """For weights that the engine initialises itself (a model on meta without `pretrained`)."""
 
@@ -113,6 +115,8 @@ class EngineConfig:
             reject("max_chunk_numel", "must be a whole number of parameters, at least 1")
         if isinstance(self.prefetch, bool) or not isinstance(self.prefetch, int) or self.prefetch < 0:
             reject("prefetch", "must be a whole number of groups, 0 for none")
+        if not self.timeout_s > 0:
+            reject("timeout_s", "must be more than 0 seconds")
         if not self.loss_scale > 0:
             reject("loss_scale", "must be more than 0")
 

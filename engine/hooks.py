@@ -168,8 +168,10 @@ class Schedule:
 
     def _reduces_now(self) -> bool:
         """Whether gradients leave in this backward pass or wait for a later one. The same on every rank."""
-        leaves_early = self._config.zero_stage >= 2 and self._distributed
-        return leaves_early or self._config.optimizer_offload_fraction > 0 or self._is_final
+        if self._is_final:
+            return True
+        # Not a question of placement where ranks add up: the order of the sum would depend on it.
+        return self._config.zero_stage >= 2 if self._distributed else self._config.optimizer_offload_fraction > 0
 
     def _reduce_ready(self) -> None:
         """Reduce the groups that are complete, in descending order and no group before its predecessor."""

@@ -108,7 +108,7 @@ def initialize(
     group_of = optimizer_groups(model, optimizer)
 
     parts = find_parts(model, config.max_chunk_numel)
-    rank_group = make_rank_group(process_group, device)
+    rank_group = make_rank_group(process_group, device, config.timeout_s)
     layout = pack(layout_specs(model, parts, group_of, config), rank_group.world_size, config.max_chunk_numel)
     _check_same_model(layout, config, rank_group)
 
@@ -256,7 +256,7 @@ def _check_budgets(layout: Layout, placements: list, config: EngineConfig) -> in
     ):
         if budget is not None and needed[tier] > budget:
             raise OutOfBudgetError(
-                f"{field} is {budget} bytes, and what is stored at rest on the {tier.value} takes {needed[tier]} bytes: "
+                f"{field} is {budget} bytes, and what is at rest on the {tier.value} takes {needed[tier]} bytes: "
                 "raise it, shard over more ranks, or offload more"
             )
     return needed[Tier.HOST]
