@@ -41,6 +41,9 @@ INDEX_NAME = "index.json"
 FORMAT = "megalith checkpoint"
 VERSION = 1
 
+Barrier = Callable[[Exception | None], None]
+"""`barrier(error)` waits for all ranks, and raises on each of them where any brought an error."""
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint that is missing, incomplete, corrupt, or not of this model."""
@@ -79,7 +82,7 @@ def write_checkpoint(
     rank_state: Any,
     rank: int = 0,
     world_size: int = 1,
-    barrier: Callable[[Exception | None], None] = raise_alone,
+    barrier: Barrier = raise_alone,
 ) -> None:
     """Write a checkpoint to `folder`, which all ranks see; called by every rank.
 
@@ -88,10 +91,9 @@ def write_checkpoint(
     shape of every parameter. `state` is the same on all ranks (optimizer groups, step, scaler) and `rank_state` is this
     rank's own (random generators, the caller's state): nested values as `encode_tree` takes them.
 
-    `barrier(error)` waits for all ranks, and raises on each of them where any brought an error, so that a full disk on
-    one is an error on all. What a failed or killed save left behind is removed, by itself or by the next save. A
-    checkpoint that `folder` holds is replaced, and stays where it is until then; any other folder of that name is an
-    error.
+    A full disk on one rank is an error on all, by `barrier`. What a failed or killed save left behind is removed, by
+    itself or by the next save. A checkpoint that `folder` holds is replaced, and stays where it is until then; any
+    other folder of that name is an error.
     """
     target, saving, previous = _places(folder)
 

@@ -33,6 +33,8 @@ class ChunkGroup:
         self._event: Event | None = None
         self._stale = [chunk for chunk in chunks if chunk.placement.sharded]
         """Chunks whose `full` does not hold the weights."""
+        self.unit_count = 0
+        """Units that need these weights, blocks counted as one."""
         self.pins: set[str] = set()
         """Who needs the weights now. A pinned group is not resharded."""
 

@@ -7,6 +7,7 @@ The sum over ranks is taken in rank order, so that no bit of it depends on how p
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,8 +15,8 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class RankGroup:
-    """The ranks that share a model. `transfers` carries chunks, `control` small host-side agreements; both are private
-    to one engine, so that the caller's own collectives can run beside a lane's."""
+    """The ranks that share a model. `transfers` carries chunks, `control` small agreements on the host; one engine
+    alone uses them, so that the caller's own collectives can run beside a lane's."""
 
     rank: int
     world_size: int
@@ -26,16 +27,21 @@ class RankGroup:
     def is_distributed(self) -> bool:
         return self.world_size > 1
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank."""
+        values = [value]
+        if self.is_distributed:
+            values = [None] * self.world_size
+            dist.all_gather_object(values, value, self.control)
+        return values
+
     def barrier(self, error: Exception | None = None) -> None:
         """Wait for all ranks. Where any brought an error, raise on all: its own, or a RuntimeError that names the
         rank."""
-        errors = [None if error is None else f"{type(error).__name__}: {error}"]
-        if self.is_distributed:
-            errors = [None] * self.world_size
-            dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}", self.control)
+        messages = self.gather_objects(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
             raise error
-        for rank, message in enumerate(errors):
+        for rank, message in enumerate(messages):
             if message is not None:
                 raise RuntimeError(f"rank {rank} failed: {message}")
 
@@ -51,16 +57,17 @@ def make_rank_group(parent: dist.ProcessGroup | None, device: torch.device, time
     if world_size == 1:
         return RankGroup(0, 1, None, None)
     ranks = dist.get_process_group_ranks(parent or dist.group.WORLD)
-    shared = {
-        "timeout": timedelta(seconds=timeout_s),
-        "use_local_synchronization": parent is not None,  # ranks outside a sub-group do not come here
-    }
-    return RankGroup(
-        dist.get_rank(parent),
-        world_size,
-        dist.new_group(ranks, backend="nccl" if device.type == "cuda" else "gloo", **shared),
-        dist.new_group(ranks, backend="gloo", **shared),
-    )
+
+    def new_group(backend: str) -> dist.ProcessGroup:
+        return dist.new_group(
+            ranks,
+            timeout=timedelta(seconds=timeout_s),
+            backend=backend,
+            use_local_synchronization=parent is not None,  # ranks outside a sub-group do not come here
+        )
+
+    transfers = new_group("nccl" if device.type == "cuda" else "gloo")
+    return RankGroup(dist.get_rank(parent), world_size, transfers, new_group("gloo"))
 
 
 def _slices(full: torch.Tensor, world_size: int) -> list[torch.Tensor]:
@@ -82,11 +89,11 @@ def all_gather_(full: torch.Tensor, group: RankGroup, tag: int) -> None:
     """Fill `full` [numel] from every rank's own slice of it, in place. `tag` tells chunks apart: ranks that gather
     different chunks wait for each other instead of mixing weights."""
     slices = _slices(full, group.world_size)
+    own = slices[group.rank]
     if full.is_cuda:
-        dist.all_gather_into_tensor(full, slices[group.rank], group=group.transfers)
+        dist.all_gather_into_tensor(full, own, group=group.transfers)
         return
     peers = [peer for peer in range(group.world_size) if peer != group.rank]
-    own = slices[group.rank]
     _exchange({peer: own for peer in peers}, {peer: slices[peer] for peer in peers}, group, tag)
 
 

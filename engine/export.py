@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import Barrier, raise_alone
 from .parameter_names import declared_ties, parameter_aliases
 from .pretrained import INDEX_NAME, WEIGHTS_NAME
 from .safetensors_io import Entry, SafetensorsWriter, fsync_folder, require_disk_space, write_text_atomically
@@ -29,10 +30,9 @@ def save_pretrained(
     dtype: torch.dtype,
     max_shard_bytes: int = 5 * 10**9,
     write: bool = True,
-    barrier: Callable[[Exception | None], None] | None = None,
+    barrier: Barrier = raise_alone,
 ) -> None:
-    """Write `model`'s weights so that `from_pretrained` reads them, with its config and generation config where it has
-    them.
+    """Write `model`'s weights, and its config and generation config where it has them, for `from_pretrained` to read.
 
     `tensors` gives (name, full tensor) of every parameter once, in any order, a tied one under any of its names; they
     are saved in `dtype`. Each is in memory only until it is written (merged parameters until their group is complete).
@@ -54,17 +54,15 @@ def save_pretrained(
             error = caught
     for _ in remaining:
         pass
-    if barrier is not None:
-        barrier(error)
-    elif error is not None:
-        raise error
+    barrier(error)
 
 
 def _write_export(
     folder: Path, model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, max_shard_bytes: int
 ) -> None:
     saved_as = _saved_names(model)
-    buffers = {name: b for name, b in model.named_buffers(remove_duplicate=False) if name in model.state_dict()}
+    persistent = model.state_dict().keys()
+    buffers = {name: b for name, b in model.named_buffers(remove_duplicate=False) if name in persistent}
     weights = {name: model.get_parameter(name) for names in saved_as.values() for name in names}
     dtypes = {name: dtype if weight.is_floating_point() else weight.dtype for name, weight in weights.items()}
     on_meta = {name: torch.empty(w.shape, dtype=dtypes[name], device="meta") for name, w in weights.items()}
@@ -102,8 +100,9 @@ def _saved_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _split_into_shards(conversions: Iterable[Conversion], max_shard_bytes: int) -> list[dict[str, Entry]]:
-    """The tensors to be written, in order, in files of at most `max_shard_bytes`; a larger tensor has a file of its
-    own."""
+    """The tensors to be written, in order, in files of `max_shard_bytes` at most; a larger tensor is alone in its
+    file.
+    """
     shards: list[dict[str, Entry]] = [{}]
     shard_bytes = 0
     for conversion in conversions:
@@ -132,8 +131,7 @@ def _write_configs(folder: Path, model: nn.Module, dtype: torch.dtype) -> None:
 def _checked(
     tensors: Iterable[tuple[str, Tensor]], saved_as: Mapping[str, tuple[str, ...]], on_meta: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """`tensors` under the names they are written as, in the dtype they are written in. Every parameter must come
-    once."""
+    """`tensors` under the names and in the dtype that they are written with. Every parameter must come once."""
     awaited = {names[0] for names in saved_as.values()}
     for given_name, tensor in tensors:
         names = saved_as.get(given_name, ())

@@ -6,11 +6,13 @@ Around each unit (a block, or a module outside of blocks that owns parameters):
     after forward    nothing is freed yet: the next use frees it, so that a unit called twice is gathered once, and the
                      last block of the forward pass, the first of the backward pass, stays
     before backward  (a gradient reaches an output) its groups are unsharded again
-    after backward   (its inputs' gradients are complete) its groups may be resharded
-    gradient lands   copied into the chunk's buffer; a group whose gradients have all landed is reduced
-    end of backward  what has not landed counts as zero, and every group has been reduced once, in one fixed order
+    gradient lands   it is copied into the chunk's buffer
+    after backward   (its inputs' gradients are complete) its groups may be resharded, and are reduced
+    end of backward  the groups that were not reduced yet are, so that each has been once
 
-The last line is what keeps ranks together: whichever parameters a rank used, it takes part in the same reductions.
+What has not landed counts as zero then, and what lands later waits for the next reduction, at the latest in the step.
+So ranks issue the same transfers in the same order whichever parameters their data used, as long as they run the same
+units.
 """
 
 from collections.abc import Iterable
@@ -48,8 +50,10 @@ class Schedule:
         self._ledger = ledger
         self._distributed = distributed
         self._in_backward = False
-        self._landed_now: dict[ChunkGroup, set[str]] = {}
-        self._next_reduce = len(groups) - 1
+        self._called: set[str] = set()  # units, since the last backward pass
+        self._called_twice: set[str] = set()
+        self._done: dict[ChunkGroup, set[str]] = {}  # units of each group, in this backward pass
+        self._reduced: set[ChunkGroup] = set()  # in this backward pass
 
     # Weights
 
@@ -124,26 +128,20 @@ class Schedule:
         for group in self.groups:
             group.pins.discard(token)
 
-    def _note_order(self, value: int) -> None:
-        self.order_hash = (self.order_hash * 31 + value + 1) % 1_000_003
-
     # Gradients
 
     def begin_backward(self) -> None:
         """Called by every hook that runs in a backward pass; the first one in a pass asks to be told of its end."""
         if not self._in_backward:
             self._in_backward = True
-            self._landed_now = {}
-            self._next_reduce = len(self.groups) - 1
             Variable._execution_engine.queue_callback(self._end_backward)
 
     def recover(self) -> None:
         """After a backward pass that raised: its end was never told. What landed in it is dropped."""
         if self._in_backward and torch._C._current_graph_task_id() == -1:
-            self._in_backward = False
+            self._leave_backward()
             self.forget_gradients()
             for group in self.groups:
-                group.pins = {pin for pin in group.pins if not pin.startswith("backward ")}
                 for gradient in group.gradients:
                     gradient.drop()
 
@@ -151,15 +149,27 @@ class Schedule:
         self.micro_steps = 0
         self.touched.clear()
 
-    def land(self, group: ChunkGroup, gradient: ChunkGradient, slot: Slot, parameter: nn.Parameter) -> None:
+    def land(self, gradient: ChunkGradient, slot: Slot, parameter: nn.Parameter) -> None:
         self.begin_backward()
         gradient.land(slot, parameter.grad)
         parameter.grad = None
         self.touched.add(slot.fqn)
-        landed = self._landed_now.setdefault(group, set())
-        landed.add(slot.fqn)
-        if self._reduces_now():
-            self._reduce_ready()
+
+    def unit_forward(self, unit: str) -> None:
+        """A forward call of `unit` that a backward pass may follow. One that is called twice is not done with when its
+        gradient has arrived at one of the calls."""
+        if unit in self._called:
+            self._called_twice.add(unit)
+        self._called.add(unit)
+
+    def unit_done(self, unit: str, groups: list[ChunkGroup]) -> None:
+        """The backward pass of `unit` is over. A group is reduced when that of all its units is."""
+        if unit in self._called_twice:
+            return
+        for group in groups:
+            self._done.setdefault(group, set()).add(unit)
+            if len(self._done[group]) == group.unit_count:
+                self._reduce(group)
 
     @property
     def _is_final(self) -> bool:
@@ -173,30 +183,30 @@ class Schedule:
         # Not a question of placement where ranks add up: the order of the sum would depend on it.
         return self._config.zero_stage >= 2 if self._distributed else self._config.optimizer_offload_fraction > 0
 
-    def _reduce_ready(self) -> None:
-        """Reduce the groups that are complete, in descending order and no group before its predecessor."""
-        while self._next_reduce >= 0:
-            group = self.groups[self._next_reduce]
-            landed = self._landed_now.get(group, ())
-            if len(landed) < sum(len(gradient.chunk.spec.slots) for gradient in group.gradients):
-                return
-            self._reduce(group)
-
     def _reduce(self, group: ChunkGroup) -> None:
-        self._next_reduce -= 1
-        if group.gradients:
-            self._note_order(group.index + len(self.groups))
-            group.reduce_gradients(self._is_final)
+        if group in self._reduced or not self._reduces_now():
+            return
+        self._reduced.add(group)
+        self._note_order(group.index + len(self.groups))
+        group.reduce_gradients(self._is_final)
 
     def _end_backward(self) -> None:
-        if self._reduces_now():
-            while self._next_reduce >= 0:
-                self._reduce(self.groups[self._next_reduce])
+        for group in reversed(self.groups):
+            self._reduce(group)
+        self._leave_backward()
+        self.micro_steps += 1
+
+    def _leave_backward(self) -> None:
+        self._in_backward = False
+        self._called.clear()
+        self._called_twice.clear()
+        self._done.clear()
+        self._reduced.clear()
         for group in self.groups:
             group.pins = {pin for pin in group.pins if not pin.startswith("backward ")}
-        self._landed_now = {}
-        self._in_backward = False
-        self.micro_steps += 1
+
+    def _note_order(self, value: int) -> None:
+        self.order_hash = (self.order_hash * 31 + value + 1) % 1_000_003
 
 
 class UnitHooks:
@@ -235,6 +245,8 @@ class UnitHooks:
         for group in self._groups:
             group.pins.add(self._forward_pin)
         if torch.is_grad_enabled():
+            if torch._C._current_graph_task_id() == -1:  # else activation checkpointing runs it once more
+                schedule.unit_forward(self._unit.name)
             inputs = [tensor for tensor in tensors_in((args, kwargs)) if tensor.requires_grad]
             if inputs:
                 register_multi_grad_hook(inputs, self._after_backward, mode="all")
@@ -259,8 +271,10 @@ class UnitHooks:
                 group.pins.add(self._backward_pin)
 
     def _after_backward(self, gradients: Any) -> None:
+        self._schedule.begin_backward()
         for group in self._groups:
             group.pins.discard(self._backward_pin)
+        self._schedule.unit_done(self._unit.name, self._groups)
 
 
 def tensors_in(value: Any, depth: int = 0) -> Iterable[torch.Tensor]:

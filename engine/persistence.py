@@ -29,8 +29,10 @@ def save_checkpoint(
     Raises RuntimeError when gradients wait for a step, and on every rank where any rank fails.
     """
     engine = _engine_with(model, optimizer)
+    error = None
     if engine.schedule.micro_steps:
-        raise RuntimeError("gradients wait for a step and are not saved: call optimizer.step() or zero_grad() first")
+        error = RuntimeError("gradients wait for a step and are not saved: call optimizer.step() or zero_grad() first")
+    engine.rank_group.barrier(error)
     write_checkpoint(
         folder,
         dict(_pieces(engine)),

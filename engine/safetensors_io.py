@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -80,7 +81,8 @@ class StoredTensor:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as bytes, without a copy."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    # Not tensor.numpy(), after which a storage can never be resized again: chunks are released by that.
+    return memoryview(numpy.from_dlpack(tensor.detach().reshape(-1).view(torch.uint8)))
 
 
 def fsync_folder(folder: Path) -> None:

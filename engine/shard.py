@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import nn
 
 from .blocks import ModelParts, find_parts
-from .chunk import Chunk, place_chunks
+from .chunk import Chunk, ChunkPlacement, place_chunks
 from .chunk_group import ChunkGroup
-from .collectives import RankGroup, make_rank_group, sum_over_ranks
+from .collectives import RankGroup, make_rank_group
 from .config import EngineConfig, Precision, check_folder
 from .gradients import GradientTraffic
 from .hooks import Schedule, UnitHooks
@@ -100,22 +100,20 @@ def initialize(
     Raises ValueError, TypeError, FileNotFoundError or NotImplementedError that name the argument; OutOfBudgetError when
     the budgets do not hold what is stored.
     """
-    config = EngineConfig.from_keywords(**options)
     device = _compute_device(device)
-    if _ENGINE_ATTRIBUTE in model.__dict__:
-        raise ValueError("this model was given to initialize() before")
-    folder = None if pretrained is None else PretrainedFolder(check_folder(pretrained, "pretrained"), model)
-    group_of = optimizer_groups(model, optimizer)
-
-    parts = find_parts(model, config.max_chunk_numel)
-    rank_group = make_rank_group(process_group, device, config.timeout_s)
-    layout = pack(layout_specs(model, parts, group_of, config), rank_group.world_size, config.max_chunk_numel)
-    _check_same_model(layout, config, rank_group)
+    timeout_s = options.get("timeout_s", EngineConfig.timeout_s)
+    rank_group = make_rank_group(process_group, device, timeout_s if isinstance(timeout_s, int | float) else 60)
+    prepared, error = None, None
+    try:
+        prepared = _prepare(model, optimizer, pretrained, options, rank_group)
+    except Exception as caught:
+        error = caught
+    rank_group.barrier(error)
+    config, folder, parts, layout, placements, host_bytes = prepared
+    _check_same_model(model, folder, layout, config, rank_group)
 
     ledger = Ledger()
     storage = Storage(device, ledger)
-    placements = place_chunks(layout.chunks, config, rank_group.rank, rank_group.world_size)
-    host_bytes = _check_budgets(layout, placements, config)
     if host_bytes:
         storage.reserve_host(host_bytes)
 
@@ -171,6 +169,25 @@ def memory_report(model: nn.Module) -> dict[str, dict[str, dict[str, int]]]:
 
 
 # The steps of initialize
+
+
+def _prepare(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    pretrained: str | os.PathLike | None,
+    options: dict[str, Any],
+    rank_group: RankGroup,
+) -> tuple[EngineConfig, PretrainedFolder | None, ModelParts, Layout, list[ChunkPlacement], int]:
+    """All that can be wrong without anything having been allocated, and the bytes to take on the host."""
+    config = EngineConfig.from_keywords(**options)
+    if _ENGINE_ATTRIBUTE in model.__dict__:
+        raise ValueError("this model was given to initialize() before")
+    folder = None if pretrained is None else PretrainedFolder(check_folder(pretrained, "pretrained"), model)
+    group_of = optimizer_groups(model, optimizer)
+    parts = find_parts(model, config.max_chunk_numel)
+    layout = pack(layout_specs(model, parts, group_of, config), rank_group.world_size, config.max_chunk_numel)
+    placements = place_chunks(layout.chunks, config, rank_group.rank, rank_group.world_size)
+    return config, folder, parts, layout, placements, _check_budgets(layout, placements, config)
 
 
 def _compute_device(device: torch.device | str | None) -> torch.device:
@@ -234,14 +251,22 @@ def layout_specs(
     return [(name, [spec(fqn) for fqn in fqns]) for name, fqns in parts.blocks]
 
 
-def _check_same_model(layout: Layout, config: EngineConfig, rank_group: RankGroup) -> None:
-    if not rank_group.is_distributed:
-        return
-    digest = float(crc32(repr((layout, config)).encode()))
-    total, total_of_squares = sum_over_ranks([digest, digest**2], rank_group)
-    # float64 holds a crc32 exactly and its square to 1e-16 of it.
-    if abs(total**2 / rank_group.world_size - total_of_squares) > 1e-12 * total_of_squares:
-        raise ValueError("ranks gave different models or different options to initialize()")
+def _check_same_model(
+    model: nn.Module, folder: PretrainedFolder | None, layout: Layout, config: EngineConfig, rank_group: RankGroup
+) -> None:
+    on_meta = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
+    digests = rank_group.gather_objects(
+        {
+            "parameters": crc32(repr(layout).encode()),
+            "options": config,
+            "whether pretrained is given": folder is not None,
+            "which parameters are on meta": crc32(repr(on_meta).encode()),
+        }
+    )
+    for rank, digest in enumerate(digests):
+        different = [what for what, value in digest.items() if value != digests[0][what]]
+        if different:
+            raise ValueError(f"rank {rank} and rank 0 called initialize() with different {' and '.join(different)}")
 
 
 def _check_budgets(layout: Layout, placements: list, config: EngineConfig) -> int:
@@ -331,21 +356,20 @@ def _register_hooks(
     model: nn.Module, parts: ModelParts, groups: list[ChunkGroup], schedule: Schedule, config: EngineConfig
 ) -> None:
     home = {slot.fqn: group for group in groups for chunk in group.chunks for slot in chunk.spec.slots}
-    if any(group.can_be_stale for group in groups):
-        hooks: dict[str, UnitHooks] = {}
-        for unit in parts.units:
-            needed = sorted({home[fqn] for fqn in unit.fqns}, key=lambda group: group.index)
-            unit_hooks = UnitHooks(unit, needed, hooks.get(unit.block), schedule)
-            unit_hooks.register()
-            if unit.block is None:
-                hooks[unit.name] = unit_hooks
+    hooks: dict[str, UnitHooks] = {}
+    for unit in parts.units:
+        needed = sorted({home[fqn] for fqn in unit.fqns}, key=lambda group: group.index)
+        unit_hooks = UnitHooks(unit, needed, hooks.get(unit.block), schedule)
+        unit_hooks.register()
+        if unit.block is None:
+            hooks[unit.name] = unit_hooks
+            for group in needed:
+                group.unit_count += 1
     for group in groups:
         for gradient in group.gradients:
             for slot in gradient.chunk.spec.slots:
                 model.get_parameter(slot.fqn).register_post_accumulate_grad_hook(
-                    lambda parameter, group=group, gradient=gradient, slot=slot: schedule.land(
-                        group, gradient, slot, parameter
-                    )
+                    lambda parameter, gradient=gradient, slot=slot: schedule.land(gradient, slot, parameter)
                 )
 
     compute_dtype = Precision(config.precision).dtype

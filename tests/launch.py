@@ -20,7 +20,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     `function` must be importable (defined at the top of a test module). A rank that raises fails the test with its
     traceback, a rank that dies or outlives the time-out with its number, and no process is left behind.
     """
-    context = mp.get_context("spawn")
+    # Ranks are forked from a server that has imported everything once.
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "megalith.engine"])
     with tempfile.TemporaryDirectory() as folder:
         port = _free_port()
         processes = [
@@ -40,7 +42,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
                 elif process.exitcode < 0:
                     failures.append(f"rank {rank} was killed by signal {-process.exitcode}")
             assert not failures, "\n".join(failures)
-            return [torch.load(os.path.join(folder, f"result-{rank}"), weights_only=False) for rank in range(world_size)]
+            return [
+                torch.load(os.path.join(folder, f"result-{rank}"), weights_only=False) for rank in range(world_size)
+            ]
         finally:
             for process in processes:
                 process.kill()
