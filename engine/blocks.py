@@ -38,7 +38,7 @@ def find_parts(model: nn.Module, max_numel: int) -> ModelParts:
 
     for name, module in model.named_modules():
         enclosing = next((block for block in block_names if name == block or name.startswith(f"{block}.")), None)
-        owns_directly = any(True for _ in module.parameters(recurse=False))
+        owns_directly = bool(own_parameters(module))
         if enclosing is not None and name == enclosing:
             fqns = [names[parameter] for parameter in module.parameters()]
             new = [fqn for fqn in fqns if fqn not in placed]
@@ -49,9 +49,10 @@ def find_parts(model: nn.Module, max_numel: int) -> ModelParts:
             units.append(Unit(name, module, frozenset(fqns), None))
         elif owns_directly:
             holds_blocks = any(block.startswith(f"{name}.") or name == "" for block in block_names)
-            fqns = [names[parameter] for parameter in module.parameters(recurse=not holds_blocks)]
+            parameters = own_parameters(module) if holds_blocks else module.parameters()
+            fqns = [names[parameter] for parameter in parameters]
             units.append(Unit(name or "model", module, frozenset(fqns), enclosing))
-            direct = [names[parameter] for parameter in module.parameters(recurse=False)]
+            direct = [names[parameter] for parameter in own_parameters(module)]
             new = [fqn for fqn in direct if fqn not in placed]
             if enclosing is None and new:
                 if open_numel is None or open_numel >= max_numel:
@@ -59,8 +60,17 @@ def find_parts(model: nn.Module, max_numel: int) -> ModelParts:
                     open_numel = 0
                 blocks[-1][1].extend(new)
                 placed.update(new)
-                open_numel += sum(parameter.numel() for parameter in module.parameters(recurse=False))
+                open_numel += sum(parameter.numel() for parameter in own_parameters(module))
     return ModelParts(tuple((name, tuple(fqns)) for name, fqns in blocks), tuple(units))
+
+
+def own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Those that `module` reads itself: its own, and those in an nn.ParameterList or ParameterDict of its own, which is
+    never called."""
+    if isinstance(module, nn.ParameterList | nn.ParameterDict):
+        return []
+    lists = [child for child in module.children() if isinstance(child, nn.ParameterList | nn.ParameterDict)]
+    return [parameter for owner in (module, *lists) for parameter in owner.parameters(recurse=owner is not module)]
 
 
 def _block_names(model: nn.Module) -> list[str]:

@@ -153,6 +153,10 @@ class Chunk:
 
     # Weights
 
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` is a view of this chunk."""
+        return tensor.untyped_storage()._cdata == self.full.untyped_storage()._cdata
+
     def allocate_full(self) -> None:
         if self.state is not ShardState.SHARDED:
             raise RuntimeError(f"chunk {self.name} is {self.state.value} already: only a sharded chunk is unsharded")

@@ -144,6 +144,7 @@ def _checked(
         tensor = tensor.detach().to("cpu", on_meta[names[0]].dtype)
         for name in names:
             yield name, tensor
+        del tensor  # or it would stay while the next is made
     if awaited:
         raise ValueError(f"these parameters were not given: {sorted(awaited)}")
 
@@ -171,9 +172,9 @@ def _write_weights(
             if len(sources) < len(conversion.sources):
                 continue
             made = {source: tensor} if conversion.operation is None else conversion.operation(sources)
-            del waiting[id(conversion)], sources
             for name, value in made.items():
                 writers[file_of[name]].write(name, value)
+            del waiting[id(conversion)], sources, made, value, tensor  # before the next is made
     if len(files) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": file_of}
         write_text_atomically(folder / INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")

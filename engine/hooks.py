@@ -7,14 +7,16 @@ Around each unit (a block, or a module outside of blocks that owns parameters):
                      last block of the forward pass, the first of the backward pass, stays
     before backward  (a gradient reaches an output) its groups are unsharded again
     gradient lands   it is copied into the chunk's buffer
-    after backward   (its inputs' gradients are complete) its groups may be resharded, and are reduced
-    end of backward  the groups that were not reduced yet are, so that each has been once
+    after backward   (its inputs' gradients are complete) its groups may be resharded, and are reduced, the last one
+    first end of backward  the groups that were not reduced yet are, so that each has been once
 
 What has not landed counts as zero then, and what lands later waits for the next reduction, at the latest in the step.
 So ranks issue the same transfers in the same order whichever parameters their data used, as long as they run the same
 units.
 """
 
+import dataclasses
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -52,8 +54,13 @@ class Schedule:
         self._in_backward = False
         self._called: set[str] = set()  # units, since the last backward pass
         self._called_twice: set[str] = set()
+        self._inputs: dict[int, weakref.ref[torch.Tensor]] = {}  # of units, since the last backward pass
         self._done: dict[ChunkGroup, set[str]] = {}  # units of each group, in this backward pass
-        self._reduced: set[ChunkGroup] = set()  # in this backward pass
+        self._next_reduce = len(groups) - 1  # in this backward pass
+        self._has_landed = False  # in this backward pass
+        self.scaled_backwards = 0
+        """Backward passes with the loss scale since the last step."""
+        self.units: list[UnitHooks] = []
 
     # Weights
 
@@ -105,6 +112,7 @@ class Schedule:
             group.reshard()
 
     def reshard_all(self) -> None:
+        """Raises RuntimeError where somebody needs a group's weights."""
         for group in self.groups:
             if group.is_sharded and group.is_whole:
                 group.reshard()
@@ -127,6 +135,8 @@ class Schedule:
     def unpin_all(self, token: str) -> None:
         for group in self.groups:
             group.pins.discard(token)
+            if group.is_sharded and group.is_whole and not group.pins:
+                group.reshard()
 
     # Gradients
 
@@ -136,21 +146,31 @@ class Schedule:
             self._in_backward = True
             Variable._execution_engine.queue_callback(self._end_backward)
 
+    def begin_forward(self) -> None:
+        """Called before the model's own forward: no unit runs then, whatever an interrupt left behind."""
+        self.recover()
+        if torch._C._current_graph_task_id() == -1:
+            for unit in self.units:
+                unit.depth = 0
+            self._drop_pins("forward ")
+
     def recover(self) -> None:
         """After a backward pass that raised: its end was never told. What landed in it is dropped."""
         if self._in_backward and torch._C._current_graph_task_id() == -1:
             self._leave_backward()
-            self.forget_gradients()
-            for group in self.groups:
-                for gradient in group.gradients:
-                    gradient.drop()
+            self.drop_gradients()
 
-    def forget_gradients(self) -> None:
+    def drop_gradients(self) -> None:
+        for group in self.groups:
+            for gradient in group.gradients:
+                gradient.drop()
         self.micro_steps = 0
+        self.scaled_backwards = 0
         self.touched.clear()
 
     def land(self, gradient: ChunkGradient, slot: Slot, parameter: nn.Parameter) -> None:
         self.begin_backward()
+        self._has_landed = True
         gradient.land(slot, parameter.grad)
         parameter.grad = None
         self.touched.add(slot.fqn)
@@ -162,14 +182,25 @@ class Schedule:
             self._called_twice.add(unit)
         self._called.add(unit)
 
+    def was_input(self, tensor: torch.Tensor) -> bool:
+        """Whether an earlier unit took `tensor` too, as decoder blocks take the encoder's output: its gradient is
+        complete when the first of them is done, and tells nothing of the others."""
+        seen = self._inputs.get(id(tensor))
+        self._inputs[id(tensor)] = weakref.ref(tensor)  # an id alone may be that of a tensor that is gone
+        return seen is not None and seen() is tensor
+
     def unit_done(self, unit: str, groups: list[ChunkGroup]) -> None:
-        """The backward pass of `unit` is over. A group is reduced when that of all its units is."""
+        """The backward pass of `unit` is over. A group is reduced when that of all its units is, and all groups after
+        it have been: one order for all ranks, also where a rank skipped a unit."""
         if unit in self._called_twice:
             return
         for group in groups:
             self._done.setdefault(group, set()).add(unit)
-            if len(self._done[group]) == group.unit_count:
-                self._reduce(group)
+        while self._next_reduce >= 0:
+            group = self.groups[self._next_reduce]
+            if len(self._done.get(group, ())) < group.unit_count:
+                return
+            self._reduce_next()
 
     @property
     def _is_final(self) -> bool:
@@ -183,27 +214,32 @@ class Schedule:
         # Not a question of placement where ranks add up: the order of the sum would depend on it.
         return self._config.zero_stage >= 2 if self._distributed else self._config.optimizer_offload_fraction > 0
 
-    def _reduce(self, group: ChunkGroup) -> None:
-        if group in self._reduced or not self._reduces_now():
-            return
-        self._reduced.add(group)
-        self._note_order(group.index + len(self.groups))
-        group.reduce_gradients(self._is_final)
+    def _reduce_next(self) -> None:
+        group = self.groups[self._next_reduce]
+        self._next_reduce -= 1
+        if group.gradients and self._reduces_now():
+            self._note_order(group.index + len(self.groups))
+            group.reduce_gradients(self._is_final)
 
     def _end_backward(self) -> None:
-        for group in reversed(self.groups):
-            self._reduce(group)
+        while self._next_reduce >= 0:
+            self._reduce_next()
+        self.micro_steps += self._has_landed  # torch.autograd.grad brings nothing for a step
         self._leave_backward()
-        self.micro_steps += 1
 
     def _leave_backward(self) -> None:
         self._in_backward = False
+        self._has_landed = False
+        self._next_reduce = len(self.groups) - 1
         self._called.clear()
         self._called_twice.clear()
+        self._inputs.clear()
         self._done.clear()
-        self._reduced.clear()
+        self._drop_pins("backward ")
+
+    def _drop_pins(self, prefix: str) -> None:
         for group in self.groups:
-            group.pins = {pin for pin in group.pins if not pin.startswith("backward ")}
+            group.pins = {pin for pin in group.pins if not pin.startswith(prefix)}
 
     def _note_order(self, value: int) -> None:
         self.order_hash = (self.order_hash * 31 + value + 1) % 1_000_003
@@ -217,9 +253,11 @@ class UnitHooks:
         self._groups = groups
         self._enclosing = enclosing
         self._schedule = schedule
-        self._depth = 0  # forward calls that are running
-        # Looking rows up is linear: the backward pass of an embedding reads no weights.
-        self._backward_reads_weights = not isinstance(unit.module, nn.Embedding)
+        self.depth = 0  # forward calls that are running
+        # Looking rows up is linear: the backward pass of a plain embedding reads no weights.
+        self._backward_reads_weights = not (
+            isinstance(unit.module, nn.Embedding) and len(list(unit.module.parameters())) == 1
+        )
         self._forward_pin = f"forward of {unit.name}"
         self._backward_pin = f"backward of {unit.name}"
 
@@ -233,7 +271,7 @@ class UnitHooks:
     @property
     def _covered(self) -> bool:
         """The enclosing block is running and has seen to the weights."""
-        return self._enclosing is not None and self._enclosing._depth > 0
+        return self._enclosing is not None and self._enclosing.depth > 0
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self._covered:
@@ -241,21 +279,28 @@ class UnitHooks:
         schedule = self._schedule
         schedule.recover()
         schedule.use(self._groups, "forward" if torch.is_grad_enabled() else "inference")
-        self._depth += 1
+        self.depth += 1
         for group in self._groups:
             group.pins.add(self._forward_pin)
         if torch.is_grad_enabled():
-            if torch._C._current_graph_task_id() == -1:  # else activation checkpointing runs it once more
+            in_recomputation = torch._C._current_graph_task_id() != -1  # by activation checkpointing
+            if not in_recomputation:
                 schedule.unit_forward(self._unit.name)
-            inputs = [tensor for tensor in tensors_in((args, kwargs)) if tensor.requires_grad]
+            # A leaf outlives the pass, and with it the hook; that of a recomputation is made for it.
+            inputs = [
+                tensor
+                for tensor in tensors_in((args, kwargs), in_objects=False)
+                if tensor.requires_grad and (tensor.grad_fn is not None or in_recomputation)
+            ]
+            inputs = [tensor for tensor in inputs if not schedule.was_input(tensor)]
             if inputs:
                 register_multi_grad_hook(inputs, self._after_backward, mode="all")
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if self._depth == 0:  # covered
+        if self.depth == 0:  # covered
             return
-        self._depth -= 1
-        if self._depth == 0:
+        self.depth -= 1
+        if self.depth == 0:
             for group in self._groups:
                 group.pins.discard(self._forward_pin)
         if torch.is_grad_enabled():
@@ -277,15 +322,23 @@ class UnitHooks:
         self._schedule.unit_done(self._unit.name, self._groups)
 
 
-def tensors_in(value: Any, depth: int = 0) -> Iterable[torch.Tensor]:
-    """The tensors in nested tuples, lists, mappings and objects (dataclasses, model outputs)."""
+def tensors_in(value: Any, in_objects: bool = True, depth: int = 0) -> Iterable[torch.Tensor]:
+    """The tensors in nested tuples, lists and mappings, and if `in_objects` in the attributes of other objects
+    (dataclasses).
+
+    A block's inputs are looked for without objects: a cache of keys and values holds those of other blocks, whose
+    gradients are complete much later than the block's own.
+    """
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from tensors_in(item, depth)
+            yield from tensors_in(item, in_objects, depth)
     elif isinstance(value, list | tuple | set):
         for item in value:
-            yield from tensors_in(item, depth)
-    elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module) and depth < 2:
-        yield from tensors_in(list(vars(value).values()), depth + 1)
+            yield from tensors_in(item, in_objects, depth)
+    elif in_objects and dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, field.name), in_objects, depth)
+    elif in_objects and hasattr(value, "__dict__") and not isinstance(value, type | nn.Module) and depth < 2:
+        yield from tensors_in(list(vars(value).values()), in_objects, depth + 1)

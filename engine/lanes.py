@@ -63,10 +63,13 @@ class ThreadLane:
         self._delay = delay
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._error: LaneError | None = None
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"megalith-{name}", daemon=True)
         self._thread.start()
 
     def submit(self, work: Callable[[], None], label: str) -> ThreadEvent:
+        if self._closed:
+            raise LaneError(f"lane {self.name!r} is closed and cannot take {label}")
         event = ThreadEvent()
         self._queue.put((work, label, event))
         return event
@@ -86,8 +89,9 @@ class ThreadLane:
             del item, work, event  # a closure kept here would keep its chunk's buffers alive while the lane is idle
 
     def close(self) -> None:
+        """What was submitted is still done. Called by a finalizer too, on any thread, so it does not wait for that."""
+        self._closed = True
         self._queue.put(None)
-        self._thread.join(timeout=10)
 
 
 class StreamEvent:

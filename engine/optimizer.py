@@ -1,5 +1,6 @@
 """The step: Adam or AdamW over chunks, with the global norm, clipping and the loss scale in the kernel's one factor."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,10 @@ from .loss_scaler import DynamicLossScaler
 def read_adam_groups(optimizer: torch.optim.Optimizer) -> None:
     """Raises what `initialize` cannot adopt: another optimizer than Adam and AdamW, or an option that the kernel
     lacks."""
-    if not isinstance(optimizer, torch.optim.Adam):  # AdamW is an Adam since torch 2.7
+    # AdamW is an Adam since torch 2.7. A subclass may add groups or schedules, but not another step, which would be
+    # lost.
+    own_step = inspect.unwrap(type(optimizer).step)  # torch wraps every class's for its profiler
+    if not isinstance(optimizer, torch.optim.Adam) or own_step is not inspect.unwrap(torch.optim.Adam.step):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}: give a torch.optim.Adam or torch.optim.AdamW")
     for index, group in enumerate(optimizer.param_groups):
         for option in ("amsgrad", "maximize", "differentiable"):
@@ -58,7 +62,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         schedule: Schedule,
         rank_group: RankGroup,
         config: EngineConfig,
-        frozen: list[tuple[str, torch.nn.Parameter]],
+        model: torch.nn.Module,
     ) -> None:
         super().__init__([{"params": group["params"]} for group in user.param_groups], user.defaults)
         self.param_groups = user.param_groups  # the same dicts: a scheduler made before keeps working
@@ -69,7 +73,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._schedule = schedule
         self._rank_group = rank_group
         self._config = config
-        self._frozen = frozen
+        self._model = model
+        self._trainable = {parameter for parameter in model.parameters() if parameter.requires_grad}
         self.scaler = DynamicLossScaler(config.loss_scale) if config.precision == Precision.FP16.value else None
         self.steps_taken: dict[str, int] = {
             slot.fqn: 0 for group in groups for gradient in group.gradients for slot in gradient.chunk.spec.slots
@@ -78,21 +83,19 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.grad_norm = math.nan
         """Global 2-norm of the last step's gradient, before clipping."""
         self.skipped_steps = 0
-        self._scaled_backwards = 0
 
     def backward(self, loss: torch.Tensor) -> None:
         """`loss.backward()`, in fp16 of the scaled loss."""
         if self.scaler is not None:
-            self._scaled_backwards += 1
+            self._schedule.recover()
+            self._schedule.scaled_backwards += 1
             loss = loss * self.scaler.scale
         loss.backward()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients that no step has consumed."""
-        for gradient in self._gradients():
-            gradient.drop()
-        self._schedule.forget_gradients()
-        self._scaled_backwards = 0
+        self._schedule.recover()
+        self._schedule.drop_gradients()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -100,6 +103,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._schedule.recover()
         self._check_usage()
         touched = self._agree()
         self._schedule.reshard_all()
@@ -118,14 +122,22 @@ class ZeroOptimizer(torch.optim.Optimizer):
     # The step, in time order
 
     def _check_usage(self) -> None:
-        if self.scaler is not None and self._scaled_backwards != self._schedule.micro_steps:
+        if self.scaler is not None and self._schedule.scaled_backwards != self._schedule.micro_steps:
             raise RuntimeError(
-                f"{self._schedule.micro_steps} backward passes, of which {self._scaled_backwards} with the loss scale: "
-                "with precision='fp16' call optimizer.backward(loss), not loss.backward()"
+                f"{self._schedule.micro_steps} backward passes, {self._schedule.scaled_backwards} of them with the loss "
+                "scale: with precision='fp16' call optimizer.backward(loss), not loss.backward()"
             )
-        for fqn, parameter in self._frozen:
-            if parameter.requires_grad:
-                raise RuntimeError(f"{fqn} was frozen when initialize() was called: set requires_grad before it")
+        for group in self._groups:
+            for chunk in group.chunks:
+                for fqn in chunk.views:
+                    parameter = self._model.get_parameter(fqn)
+                    if not chunk.holds(parameter):
+                        raise RuntimeError(
+                            f"{fqn} was replaced, cast or resized after initialize(), so that it is not trained "
+                            "any more: do that before"
+                        )
+                    if parameter.requires_grad and parameter not in self._trainable:
+                        raise RuntimeError(f"{fqn} was frozen in initialize(): set requires_grad before it")
 
     def _agree(self) -> set[str]:
         """Make ranks agree on what got gradients, and reduce what has not been. Returns the touched parameters' names.

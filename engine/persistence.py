@@ -29,6 +29,7 @@ def save_checkpoint(
     Raises RuntimeError when gradients wait for a step, and on every rank where any rank fails.
     """
     engine = _engine_with(model, optimizer)
+    engine.schedule.recover()
     error = None
     if engine.schedule.micro_steps:
         error = RuntimeError("gradients wait for a step and are not saved: call optimizer.step() or zero_grad() first")
@@ -63,6 +64,7 @@ def load_checkpoint(folder: str | os.PathLike, model: nn.Module, optimizer: Zero
         error = caught
     engine.rank_group.barrier(error)
 
+    engine.schedule.recover()
     engine.schedule.reshard_all()
     engine.schedule.wait_all()
     caller_state = None

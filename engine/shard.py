@@ -1,6 +1,8 @@
 """`initialize`: the wiring of one engine, in the order in which it happens."""
 
+import itertools
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from .chunk_group import ChunkGroup
 from .collectives import RankGroup, make_rank_group
 from .config import EngineConfig, Precision, check_folder
 from .gradients import GradientTraffic
-from .hooks import Schedule, UnitHooks
+from .hooks import Schedule, UnitHooks, tensors_in
 from .lanes import InlineLane, Lane, make_lane
 from .layout import Layout, ParamSpec, pack
 from .materialize import initialize_parameters, rebuild_buffers
@@ -26,6 +28,7 @@ from .pretrained import PretrainedFolder
 from .tiers import BufferPool, Ledger, OutOfBudgetError, Payload, Storage, Tier
 
 _ENGINE_ATTRIBUTE = "_megalith_engine"
+_gathered_count = itertools.count()
 
 
 @dataclass
@@ -41,7 +44,6 @@ class Engine:
     schedule: Schedule
     rank_group: RankGroup
     ledger: Ledger
-    lanes: list[Lane]
 
     def __deepcopy__(self, memo: dict) -> "Engine":
         raise RuntimeError("a model that is sharded cannot be copied: copy it before initialize()")
@@ -53,10 +55,6 @@ class Engine:
     @property
     def chunks(self) -> list[Chunk]:
         return [chunk for group in self.groups for chunk in group.chunks]
-
-    def close(self) -> None:
-        for lane in self.lanes:
-            lane.close()
 
 
 def engine_of(model: nn.Module) -> Engine:
@@ -141,12 +139,13 @@ def initialize(
 
     schedule = Schedule(groups, config, ledger, rank_group.is_distributed)
     _register_hooks(model, parts, groups, schedule, config)
-    frozen = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    zero_optimizer = (
-        None if optimizer is None else ZeroOptimizer(optimizer, groups, schedule, rank_group, config, frozen)
-    )
-    engine = Engine(model, zero_optimizer, config, layout, groups, schedule, rank_group, ledger, [lane, copy_lane])
-    model.__dict__[_ENGINE_ATTRIBUTE] = engine
+    zero_optimizer = None
+    if optimizer is not None:
+        zero_optimizer = ZeroOptimizer(optimizer, groups, schedule, rank_group, config, model)
+    engine = Engine(model, zero_optimizer, config, layout, groups, schedule, rank_group, ledger)
+    for module in model.modules():
+        module.__dict__[_ENGINE_ATTRIBUTE] = engine
+    weakref.finalize(model, _close, [lane, copy_lane])
     return model, zero_optimizer
 
 
@@ -155,12 +154,13 @@ def gathered(model: nn.Module) -> Iterator[nn.Module]:
     """Full weights of every parameter on every rank, for reading or generating. A collective. Writing to them has no
     effect on what is at rest."""
     schedule = engine_of(model).schedule
-    schedule.pin_all("gathered")
+    schedule.recover()
+    token = f"gathered() number {next(_gathered_count)}"
+    schedule.pin_all(token)
     try:
         yield model
     finally:
-        schedule.unpin_all("gathered")
-        schedule.reshard_all()
+        schedule.unpin_all(token)
 
 
 def memory_report(model: nn.Module) -> dict[str, dict[str, dict[str, int]]]:
@@ -180,8 +180,20 @@ def _prepare(
 ) -> tuple[EngineConfig, PretrainedFolder | None, ModelParts, Layout, list[ChunkPlacement], int]:
     """All that can be wrong without anything having been allocated, and the bytes to take on the host."""
     config = EngineConfig.from_keywords(**options)
-    if _ENGINE_ATTRIBUTE in model.__dict__:
-        raise ValueError("this model was given to initialize() before")
+    for name, module in model.named_modules():
+        if _ENGINE_ATTRIBUTE in module.__dict__:
+            raise ValueError(
+                f"{name or 'this model'} was given to initialize() before, alone or as a part of another model"
+            )
+        if isinstance(module, nn.Embedding) and module.max_norm is not None:
+            raise ValueError(
+                f"{name}: an nn.Embedding with max_norm writes its weight in forward, which is not supported"
+            )
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.is_floating_point():
+            raise ValueError(
+                f"{name} is {parameter.dtype} and requires gradients: only real floating-point ones are trained"
+            )
     folder = None if pretrained is None else PretrainedFolder(check_folder(pretrained, "pretrained"), model)
     group_of = optimizer_groups(model, optimizer)
     parts = find_parts(model, config.max_chunk_numel)
@@ -310,11 +322,13 @@ class _WeightLoader:
             values, views = self._whole_values(chunk)
             if self._folder is not None:
                 self._folder.fill(views)
-            elif any(self._model.get_parameter(fqn).is_meta for fqn in views):
-                initialize_parameters(self._model, views, self._config.seed)
             else:
+                parameters = {fqn: self._model.get_parameter(fqn) for fqn in views}
                 for fqn, view in views.items():
-                    view.copy_(self._model.get_parameter(fqn))
+                    if not parameters[fqn].is_meta:
+                        view.copy_(parameters[fqn])
+                on_meta = {fqn: view for fqn, view in views.items() if parameters[fqn].is_meta}
+                initialize_parameters(self._model, on_meta, self._config.seed)
                 self._broadcast(values)
             chunk.load_full(values)
             for fqn in views:
@@ -356,11 +370,12 @@ def _register_hooks(
     model: nn.Module, parts: ModelParts, groups: list[ChunkGroup], schedule: Schedule, config: EngineConfig
 ) -> None:
     home = {slot.fqn: group for group in groups for chunk in group.chunks for slot in chunk.spec.slots}
-    hooks: dict[str, UnitHooks] = {}
+    hooks: dict[str, UnitHooks] = {}  # of the units that lie in no other
     for unit in parts.units:
         needed = sorted({home[fqn] for fqn in unit.fqns}, key=lambda group: group.index)
         unit_hooks = UnitHooks(unit, needed, hooks.get(unit.block), schedule)
         unit_hooks.register()
+        schedule.units.append(unit_hooks)
         if unit.block is None:
             hooks[unit.name] = unit_hooks
             for group in needed:
@@ -375,10 +390,18 @@ def _register_hooks(
     compute_dtype = Precision(config.precision).dtype
 
     def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        schedule.recover()
+        schedule.begin_forward()
         return _cast_floats(args, compute_dtype), _cast_floats(kwargs, compute_dtype)
 
+    def after_forward(module: nn.Module, args: tuple, output: Any) -> None:
+        # Reentrant checkpointing runs backward passes inside of the backward pass: this one is surely the outer one.
+        if torch.is_grad_enabled():
+            for tensor in tensors_in(output):
+                if tensor.grad_fn is not None:
+                    tensor.register_hook(lambda gradient: schedule.begin_backward())
+
     model.register_forward_pre_hook(before_forward, with_kwargs=True)
+    model.register_forward_hook(after_forward)
 
     def before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
         if any(not group.is_whole for group in groups if group.is_sharded):
@@ -394,8 +417,9 @@ def _register_hooks(
             "or into the model before initialize()"
         )
 
-    model.register_state_dict_pre_hook(before_state_dict)
-    model.register_load_state_dict_pre_hook(before_load_state_dict)
+    for module in model.modules():
+        module.register_state_dict_pre_hook(before_state_dict)
+        module.register_load_state_dict_pre_hook(before_load_state_dict)
 
 
 def _cast_floats(value: Any, dtype: torch.dtype) -> Any:
@@ -407,3 +431,8 @@ def _cast_floats(value: Any, dtype: torch.dtype) -> Any:
     if type(value) is dict:
         return {key: _cast_floats(item, dtype) for key, item in value.items()}
     return value
+
+
+def _close(lanes: list[Lane]) -> None:
+    for lane in lanes:
+        lane.close()

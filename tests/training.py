@@ -39,8 +39,8 @@ class Outcome:
     generated: list[list[int]]
 
 
-def prepare(recipe: Recipe, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    model = make_model(recipe.family, **dict(recipe.model_changes)).to(dtype)
+def prepare(recipe: Recipe, device: str = "cpu") -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    model = make_model(recipe.family, **dict(recipe.model_changes)).to(device)
     if recipe.reentrant_checkpoint is not None:
         model.gradient_checkpointing_enable({"use_reentrant": recipe.reentrant_checkpoint})
     for name, parameter in model.named_parameters():
@@ -63,9 +63,15 @@ def reference(recipe: Recipe) -> "Outcome":
     return train(recipe)
 
 
-def train(recipe: Recipe, rank: int = 0, world_size: int = 1, options: dict[str, Any] | None = None) -> Outcome:
+def train(
+    recipe: Recipe,
+    rank: int = 0,
+    world_size: int = 1,
+    options: dict[str, Any] | None = None,
+    device: str = "cpu",
+) -> Outcome:
     """Train on this rank's rows; `options` None is plain PyTorch, else keywords of `initialize`."""
-    model, optimizer = prepare(recipe)
+    model, optimizer = prepare(recipe, device)
     initial = weights_of(model)
     plain = options is None
     if not plain:
@@ -76,7 +82,7 @@ def train(recipe: Recipe, rank: int = 0, world_size: int = 1, options: dict[str,
     model.train()
     for _ in range(recipe.steps):
         for _ in range(recipe.accumulation):
-            rows = rank_rows(next(micro_batches), rank, world_size)
+            rows = rank_rows(next(micro_batches), rank, world_size).to(device)
             loss = model(input_ids=rows, labels=rows).loss / recipe.accumulation
             loss.backward() if plain else optimizer.backward(loss)
             losses.append(loss.item())
@@ -90,7 +96,7 @@ def train(recipe: Recipe, rank: int = 0, world_size: int = 1, options: dict[str,
         scheduler.step()
         if recipe.generates:
             model.eval()
-            prompt = batches(1, rows=2, length=4, seed=5)[0]
+            prompt = batches(1, rows=2, length=4, seed=5)[0].to(device)
             generated.append(model.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=0).tolist())
             model.train()
     if plain:

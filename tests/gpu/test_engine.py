@@ -1,0 +1,69 @@
+"""The engine on CUDA: streams, page-locked slabs, the Triton kernels. One GPU is enough."""
+
+import megalith.engine as engine
+import pytest
+import torch
+from tiny import make_model, update_error
+from training import Recipe, train
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+RECIPES = {
+    "plain": Recipe(),
+    "accumulation": Recipe(family="gpt2", accumulation=3),
+    "checkpoint": Recipe(reentrant_checkpoint=False),
+    "reentrant checkpoint": Recipe(reentrant_checkpoint=True),
+    "generate": Recipe(family="llama_tied", generates=True),
+    "experts": Recipe(family="mixtral"),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_device_and_host_placement_match_plain_pytorch(name):
+    recipe = RECIPES[name]
+    expected = train(recipe, device="cuda")
+    outcomes = [
+        train(recipe, device="cuda", options={"placement": placement, "prefetch": prefetch, "max_chunk_numel": 5000})
+        for placement, prefetch in (("device", 1), ("host", 0), ("host", 2))
+    ]
+    for ours in outcomes:
+        assert update_error(ours.initial, ours.final, expected.final) < 1e-5
+        assert ours.generated == expected.generated
+        assert all(torch.equal(ours.final[fqn], outcomes[0].final[fqn]) for fqn in ours.final)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_placements_agree_to_the_bit_in_every_precision(precision):
+    outcomes = [
+        train(Recipe(), device="cuda", options={"precision": precision, **placement})
+        for placement in (
+            {"placement": "device"},
+            {"placement": "host"},
+            {"placement": "host", "param_offload": 0.5, "optimizer_offload": 0.5},
+        )
+    ]
+    for ours in outcomes[1:]:
+        assert all(torch.equal(ours.final[fqn], outcomes[0].final[fqn]) for fqn in ours.final)
+
+
+def test_host_placement_keeps_device_memory_to_what_the_plan_says_and_flat():
+    recipe = Recipe()
+    torch.cuda.empty_cache()
+    with torch.device("meta"):
+        model = make_model("llama", hidden_size=512, intermediate_size=1024, num_hidden_layers=12)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    plan = engine.plan(model, optimizer, placement="host", precision="bf16")
+    before = torch.cuda.memory_allocated()
+    model, optimizer = engine.initialize(model, optimizer, placement="host", precision="bf16")
+    rows = torch.randint(0, 97, (2, 16), device="cuda")
+    peaks = []
+    for _ in range(recipe.steps + 3):
+        torch.cuda.reset_peak_memory_stats()
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[3:] == peaks[3:4] * len(peaks[3:])
+    report = engine.memory_report(model)
+    for tier, nbytes in plan.peak_bytes.items():
+        assert report[tier.value]["total"]["peak_bytes"] == pytest.approx(nbytes, rel=0.05)
