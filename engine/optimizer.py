@@ -124,8 +124,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def _check_usage(self) -> None:
         if self.scaler is not None and self._schedule.scaled_backwards != self._schedule.micro_steps:
             raise RuntimeError(
-                f"{self._schedule.micro_steps} backward passes, {self._schedule.scaled_backwards} of them with the loss "
-                "scale: with precision='fp16' call optimizer.backward(loss), not loss.backward()"
+                f"{self._schedule.micro_steps} backward passes, {self._schedule.scaled_backwards} of them with the "
+                "loss scale: with precision='fp16' call optimizer.backward(loss), not loss.backward()"
             )
         for group in self._groups:
             for chunk in group.chunks:

@@ -11,7 +11,6 @@ from torch import Tensor
 class AdamScalars(NamedTuple):
     """The constants of one step as every implementation receives them: computed in float64, then rounded to float32."""
 
-    beta1: float
     one_minus_beta1: float
     beta2: float
     one_minus_beta2: float
@@ -51,7 +50,6 @@ class AdamHyper:
     def scalars(self) -> AdamScalars:
         """The constants of this step, each the float32 nearest to its float64 value."""
         exact = AdamScalars(
-            beta1=self.beta1,
             one_minus_beta1=1.0 - self.beta1,
             beta2=self.beta2,
             one_minus_beta2=1.0 - self.beta2,

@@ -37,7 +37,6 @@ def adam_kernel(
     factor_ptr,
     found_inf_ptr,
     numel,
-    beta1,
     one_minus_beta1,
     beta2,
     one_minus_beta2,
@@ -70,10 +69,10 @@ def adam_kernel(
         w = w * decay
     else:
         g = g + w * decay
-    m = m * beta1 + g * one_minus_beta1
+    m = (m - m * one_minus_beta1) + g * one_minus_beta1
     v = v * beta2 + (g * g) * one_minus_beta2
     denominator = tl.sqrt_rn(v) * inverse_sqrt_bias2 + eps
-    w = w - tl.div_rn(m, denominator) * step_size
+    w = w - tl.div_rn(m * step_size, denominator)
 
     tl.store(exp_avg_ptr + offsets, m, mask=mask)
     tl.store(exp_avg_sq_ptr + offsets, v, mask=mask)

@@ -41,10 +41,14 @@ def _update_(
         master.mul_(s.decay)
     else:
         grad.add_(master * s.decay)
-    exp_avg.mul_(s.beta1).add_(grad * s.one_minus_beta1)
+    # Not exp_avg * beta1 + grad * (1 - beta1): rounded to float32 the two would not add up to one.
+    exp_avg.sub_(exp_avg * s.one_minus_beta1).add_(grad * s.one_minus_beta1)
     exp_avg_sq.mul_(s.beta2).add_((grad * grad).mul_(s.one_minus_beta2))
-    denominator = exp_avg_sq.sqrt().mul_(s.inverse_sqrt_bias2).add_(s.eps)
-    master.sub_((exp_avg / denominator).mul_(s.step_size))
+    # Through float64, because torch's float32 square root on the CPU is MKL's, which is off by a bit now and then. The
+    # square root of a float32 is never so close to the middle of two float32 that the second rounding could go wrong.
+    root = exp_avg_sq.double().sqrt_().float()
+    denominator = root.mul_(s.inverse_sqrt_bias2).add_(s.eps)
+    master.sub_((exp_avg * s.step_size).div_(denominator))
 
 
 @torch.no_grad()
