@@ -36,12 +36,23 @@ class ChunkGroup:
         self.unit_count = 0
         """Units that need these weights, blocks counted as one."""
         self.pins: set[str] = set()
-        """Who needs the weights now. A pinned group is not resharded."""
+        """The units that are computing with the weights."""
+        self.holders: set[str] = set()
+        """The `gathered` contexts that they were promised to."""
 
     @property
     def is_sharded(self) -> bool:
         """Whether resharding frees anything."""
         return any(chunk.placement.sharded for chunk in self.chunks)
+
+    @property
+    def is_held(self) -> bool:
+        return bool(self.holders)
+
+    @property
+    def is_idle(self) -> bool:
+        """Nobody needs the weights now."""
+        return not self.pins and not self.holders
 
     @property
     def can_be_stale(self) -> bool:
@@ -86,10 +97,8 @@ class ChunkGroup:
             self._event = None
 
     def reshard(self) -> None:
-        if self.pins:
-            raise RuntimeError(
-                f"group {self.name} cannot be resharded: {', '.join(sorted(self.pins))} needs its weights"
-            )
+        if not self.is_idle:
+            raise RuntimeError(f"group {self.name} cannot be resharded: its weights are in use")
         self.wait()  # a transfer that nobody used may still be writing
         for chunk in self.chunks:
             if chunk.placement.sharded and chunk.state is ShardState.UNSHARDED:

@@ -1,9 +1,11 @@
 """The options of `initialize`, validated at once so that a mistake is an error before anything is allocated."""
 
+import math
 import os
 import re
 from dataclasses import dataclass, fields
 from enum import Enum
+from typing import Any
 
 import torch
 
@@ -70,8 +72,8 @@ class EngineConfig:
     """A block with more parameters than this is stored in several chunks."""
     prefetch: int = 1
     """How many groups are gathered ahead of their use."""
-    loss_scale: float = 2.0**16
-    """fp16 only: the first loss scale."""
+    loss_scale: float | None = None
+    """fp16 only: the first loss scale. None: 2**16."""
     timeout_s: float = 600.0
     """How long a rank waits for the others in a transfer before it raises."""
     seed: int = 0
@@ -81,7 +83,13 @@ class EngineConfig:
         def reject(field: str, rule: str) -> None:
             raise ValueError(f"{field}={getattr(self, field)!r}: {rule}")
 
-        if self.zero_stage not in (0, 1, 2, 3) or isinstance(self.zero_stage, bool):
+        def is_number(value: Any) -> bool:
+            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+        def is_whole(value: Any) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool)
+
+        if not is_whole(self.zero_stage) or self.zero_stage not in (0, 1, 2, 3):
             reject("zero_stage", "must be 0, 1, 2 or 3")
         if self.placement in ("nvme", "auto"):
             raise NotImplementedError(f"placement={self.placement!r} is not built yet: use 'device' or 'host'")
@@ -91,7 +99,7 @@ class EngineConfig:
             value = getattr(self, field)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            if not is_number(value) or not 0 <= value <= 1:
                 reject(field, "must be a fraction from 0 to 1")
             if value > 0 and self.placement != "host":
                 reject(field, "needs placement='host'")
@@ -99,26 +107,27 @@ class EngineConfig:
             reject(
                 "param_offload", f"needs zero_stage=3, and it is {self.zero_stage}: stages below 3 keep whole weights"
             )
-        if self.precision not in {member.value for member in Precision}:
+        if self.precision not in [member.value for member in Precision]:
             reject("precision", "must be 'fp32', 'bf16' or 'fp16'")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            reject("max_grad_norm", "must be more than 0, or None for no clipping")
+        if self.max_grad_norm is not None and not (is_number(self.max_grad_norm) and self.max_grad_norm > 0):
+            reject("max_grad_norm", "must be a number above 0, or None for no clipping")
         for field in ("device_budget", "host_budget"):
             object.__setattr__(self, field, parse_bytes(getattr(self, field), field))
         if self.nvme_dir is not None:
             reject("nvme_dir", "needs placement='nvme', which is not built yet")
-        if (
-            isinstance(self.max_chunk_numel, bool)
-            or not isinstance(self.max_chunk_numel, int)
-            or self.max_chunk_numel < 1
-        ):
+        if not is_whole(self.max_chunk_numel) or self.max_chunk_numel < 1:
             reject("max_chunk_numel", "must be a whole number of parameters, at least 1")
-        if isinstance(self.prefetch, bool) or not isinstance(self.prefetch, int) or self.prefetch < 0:
+        if not is_whole(self.prefetch) or self.prefetch < 0:
             reject("prefetch", "must be a whole number of groups, 0 for none")
-        if not self.timeout_s > 0:
-            reject("timeout_s", "must be more than 0 seconds")
-        if not self.loss_scale > 0:
-            reject("loss_scale", "must be more than 0")
+        if not is_whole(self.seed):
+            reject("seed", "must be a whole number")
+        if not is_number(self.timeout_s) or self.timeout_s <= 0:
+            reject("timeout_s", "must be a number of seconds above 0")
+        if self.loss_scale is not None:
+            if self.precision != Precision.FP16.value:
+                reject("loss_scale", f"needs precision='fp16', and it is {self.precision!r}")
+            if not is_number(self.loss_scale) or self.loss_scale <= 0:
+                reject("loss_scale", "must be a number above 0")
 
     @classmethod
     def from_keywords(cls, **keywords) -> "EngineConfig":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import Barrier, raise_alone
-from .parameter_names import declared_ties, parameter_aliases
+from .parameter_names import declared_ties, parameter_aliases, persistent_buffer_names
 from .pretrained import INDEX_NAME, WEIGHTS_NAME
 from .safetensors_io import Entry, SafetensorsWriter, fsync_folder, require_disk_space, write_text_atomically
 from .weight_conversion import Conversion, saving_conversions
@@ -61,7 +61,7 @@ def _write_export(
     folder: Path, model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, max_shard_bytes: int
 ) -> None:
     saved_as = _saved_names(model)
-    persistent = model.state_dict().keys()
+    persistent = persistent_buffer_names(model)
     buffers = {name: b for name, b in model.named_buffers(remove_duplicate=False) if name in persistent}
     weights = {name: model.get_parameter(name) for names in saved_as.values() for name in names}
     dtypes = {name: dtype if weight.is_floating_point() else weight.dtype for name, weight in weights.items()}

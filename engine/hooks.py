@@ -28,7 +28,7 @@ from torch.autograd.graph import register_multi_grad_hook
 from .blocks import Unit
 from .chunk_group import ChunkGroup
 from .config import EngineConfig
-from .gradients import ChunkGradient
+from .gradients import ChunkGradient, GradientTraffic
 from .layout import Slot
 from .tiers import Ledger, Tier
 from .trace import AccessTrace
@@ -37,7 +37,9 @@ from .trace import AccessTrace
 class Schedule:
     """What every unit's hooks share: the groups in layout order, the trace, and where the backward pass stands."""
 
-    def __init__(self, groups: list[ChunkGroup], config: EngineConfig, ledger: Ledger, distributed: bool) -> None:
+    def __init__(
+        self, groups: list[ChunkGroup], config: EngineConfig, ledger: Ledger, traffic: GradientTraffic
+    ) -> None:
         self.groups = groups
         self.trace = AccessTrace()
         self.order_hash = 0
@@ -50,7 +52,8 @@ class Schedule:
         """Parameters that got a gradient since the last step."""
         self._config = config
         self._ledger = ledger
-        self._distributed = distributed
+        self._traffic = traffic
+        self._distributed = traffic.group.is_distributed
         self._in_backward = False
         self._called: set[str] = set()  # units, since the last backward pass
         self._called_twice: set[str] = set()
@@ -66,6 +69,8 @@ class Schedule:
 
     def use(self, needed: list[ChunkGroup], phase: str) -> None:
         """Make the weights of `needed` whole for the work that the caller issues next, and prefetch."""
+        if all(group.is_held for group in needed):
+            return  # and leave no trace: a rank may run what it likes then, without the others
         for group in needed:
             self.trace.visit((phase, group.index))
         wanted = needed + self._predicted()
@@ -97,7 +102,7 @@ class Schedule:
     def _make_room(self, wanted: list[ChunkGroup]) -> None:
         """Reshard what is not wanted: all of it, or with a budget, what is used farthest in the future until the rest
         fits."""
-        idle = [g for g in self.groups if g.is_sharded and g.is_whole and not g.pins and g not in wanted]
+        idle = [g for g in self.groups if g.is_sharded and g.is_whole and g.is_idle and g not in wanted]
         if self._config.device_budget is not None:
             room = self._config.device_budget - self._ledger.tier_bytes(Tier.DEVICE)
             room -= sum(group.gathered_bytes for group in wanted if not group.is_whole)
@@ -112,9 +117,22 @@ class Schedule:
             group.reshard()
 
     def reshard_all(self) -> None:
-        """Raises RuntimeError where somebody needs a group's weights."""
+        """Before weights change."""
+        self.check_idle()
         for group in self.groups:
             if group.is_sharded and group.is_whole:
+                group.reshard()
+
+    def check_idle(self) -> None:
+        """Raises RuntimeError where somebody reads weights, which are about to change."""
+        for group in self.groups:
+            if not group.is_idle:
+                users = ", ".join(sorted(group.pins | group.holders))
+                raise RuntimeError(f"the weights cannot change now: {users} reads those of {group.name}")
+
+    def reshard_idle(self) -> None:
+        for group in self.groups:
+            if group.is_sharded and group.is_whole and group.is_idle:
                 group.reshard()
 
     def refresh(self, group: ChunkGroup) -> None:
@@ -125,18 +143,17 @@ class Schedule:
         for group in self.groups:
             group.wait()
 
-    def pin_all(self, token: str) -> None:
-        """Unshard every group and keep it so until `unpin_all`."""
+    def hold_all(self, token: str) -> None:
+        """Unshard every group and keep it so until `release_all`."""
         for group in self.groups:
             self._unshard(group)
-            group.pins.add(token)
+            group.holders.add(token)
         self.wait_all()
 
-    def unpin_all(self, token: str) -> None:
+    def release_all(self, token: str) -> None:
         for group in self.groups:
-            group.pins.discard(token)
-            if group.is_sharded and group.is_whole and not group.pins:
-                group.reshard()
+            group.holders.discard(token)
+        self.reshard_idle()
 
     # Gradients
 
@@ -164,6 +181,7 @@ class Schedule:
         for group in self.groups:
             for gradient in group.gradients:
                 gradient.drop()
+        self._traffic.drain()
         self.micro_steps = 0
         self.scaled_backwards = 0
         self.touched.clear()

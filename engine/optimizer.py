@@ -75,7 +75,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._config = config
         self._model = model
         self._trainable = {parameter for parameter in model.parameters() if parameter.requires_grad}
-        self.scaler = DynamicLossScaler(config.loss_scale) if config.precision == Precision.FP16.value else None
+        self.scaler = (
+            DynamicLossScaler(config.loss_scale or 2.0**16) if config.precision == Precision.FP16.value else None
+        )
         self.steps_taken: dict[str, int] = {
             slot.fqn: 0 for group in groups for gradient in group.gradients for slot in gradient.chunk.spec.slots
         }
@@ -93,7 +95,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         loss.backward()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients that no step has consumed."""
+        """Drop the gradients that no step has consumed. Raises ValueError for set_to_none=False: gradients of zero,
+        which torch would step with, are not kept."""
+        if not set_to_none:
+            raise ValueError("set_to_none=False is not supported: gradients are dropped")
         self._schedule.recover()
         self._schedule.drop_gradients()
 
@@ -122,6 +127,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     # The step, in time order
 
     def _check_usage(self) -> None:
+        self._schedule.check_idle()
         if self.scaler is not None and self._schedule.scaled_backwards != self._schedule.micro_steps:
             raise RuntimeError(
                 f"{self._schedule.micro_steps} backward passes, {self._schedule.scaled_backwards} of them with the "
@@ -270,15 +276,23 @@ class ZeroOptimizer(torch.optim.Optimizer):
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
 
-    def load_shared_state(self, state: dict[str, Any]) -> None:
-        """Raises ValueError when the optimizer has other groups."""
+    def check_shared_state(self, state: dict[str, Any] | None) -> None:
+        """Raises ValueError where a checkpoint's state is not one of this optimizer."""
+        if state is None:
+            raise ValueError("the checkpoint was saved without an optimizer: load it with optimizer=None")
         if len(state["groups"]) != len(self.param_groups):
             raise ValueError(
-                f"the checkpoint has {len(state['groups'])} optimizer groups and this one {len(self.param_groups)}"
+                f"the checkpoint has {len(state['groups'])} optimizer groups, this optimizer {len(self.param_groups)}"
             )
+        if state["steps_taken"].keys() != self.steps_taken.keys():
+            different = sorted(state["steps_taken"].keys() ^ self.steps_taken.keys())
+            raise ValueError(f"other parameters were trained when the checkpoint was saved: {', '.join(different[:5])}")
+
+    def load_shared_state(self, state: dict[str, Any]) -> None:
+        """Take a state that `check_shared_state` has passed."""
         for group, saved in zip(self.param_groups, state["groups"], strict=True):
             group.update(saved)
-        self.steps_taken.update({fqn: steps for fqn, steps in state["steps_taken"].items() if fqn in self.steps_taken})
+        self.steps_taken.update(state["steps_taken"])
         self.skipped_steps = state["skipped_steps"]
         self._schedule.expected_micro_steps = state["expected_micro_steps"]
         if self.scaler is not None and state["scaler"] is not None:

@@ -29,3 +29,13 @@ def listed(entries: Mapping[str, object]) -> str:
     """The first few names with their values, and how many more there are."""
     more = f" and {len(entries) - _LISTED} more" if len(entries) > _LISTED else ""
     return ", ".join(f"{name} {value}" for name, value in list(entries.items())[:_LISTED]) + more
+
+
+def persistent_buffer_names(model: nn.Module) -> set[str]:
+    """The names of the buffers that `state_dict` would hold, without asking for the weights."""
+    return {
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }

@@ -28,9 +28,9 @@ def save_checkpoint(
 
     Raises RuntimeError when gradients wait for a step, and on every rank where any rank fails.
     """
-    engine = _engine_with(model, optimizer)
+    engine = engine_of(model)
     engine.schedule.recover()
-    error = None
+    error = _wrong_optimizer(engine, optimizer)
     if engine.schedule.micro_steps:
         error = RuntimeError("gradients wait for a step and are not saved: call optimizer.step() or zero_grad() first")
     engine.rank_group.barrier(error)
@@ -53,38 +53,38 @@ def load_checkpoint(folder: str | os.PathLike, model: nn.Module, optimizer: Zero
 
     Raises CheckpointError on every rank, before anything is changed where it is another model's or incomplete.
     """
-    engine = _engine_with(model, optimizer)
-    saved, error = None, None
+    engine = engine_of(model)
+    engine.schedule.recover()
+    saved, shared, rank_state, error = None, None, None, _wrong_optimizer(engine, optimizer)
     try:
         saved = read_checkpoint(folder)
         saved.check(_shapes(engine))
-        if optimizer is not None and saved.state["optimizer"] is None:
-            raise checkpoint_files.CheckpointError(f"{saved.folder} was saved without an optimizer")
+        rank = engine.rank_group.rank
+        rank_state = saved.rank_state(rank if rank < saved.world_size else 0)
+        shared = saved.state["optimizer"]
+        if optimizer is not None:
+            optimizer.check_shared_state(shared)
+        engine.schedule.check_idle()
     except Exception as caught:
-        error = caught
+        error = error or caught
     engine.rank_group.barrier(error)
 
-    engine.schedule.recover()
     engine.schedule.reshard_all()
     engine.schedule.wait_all()
-    caller_state = None
     try:
         for chunk in engine.chunks:
             _load_chunk(chunk, saved)
-        if optimizer is not None:
-            optimizer.load_shared_state(saved.state["optimizer"])
-        rank = engine.rank_group.rank
-        rank_state = saved.rank_state(rank if rank < saved.world_size else 0)
-        restore_rng_state(rank_state["random"])
-        caller_state = rank_state["caller"]
     except Exception as caught:
         error = caught
-    engine.rank_group.barrier(error)
     for group in engine.groups:
         group.mark_updated(group.chunks)
         if not group.is_sharded:
             engine.schedule.refresh(group)
-    return caller_state
+    engine.rank_group.barrier(error)
+    if optimizer is not None:
+        optimizer.load_shared_state(shared)
+    restore_rng_state(rank_state["random"])
+    return rank_state["caller"]
 
 
 def save_pretrained(folder: str | os.PathLike, model: nn.Module, *, max_shard_bytes: int = 5 * 10**9) -> None:
@@ -102,11 +102,10 @@ def save_pretrained(folder: str | os.PathLike, model: nn.Module, *, max_shard_by
     )
 
 
-def _engine_with(model: nn.Module, optimizer: ZeroOptimizer | None) -> Engine:
-    engine = engine_of(model)
-    if optimizer is not engine.optimizer:
-        raise ValueError("give the optimizer that initialize() returned with this model (None for a frozen model)")
-    return engine
+def _wrong_optimizer(engine: Engine, optimizer: ZeroOptimizer | None) -> ValueError | None:
+    if optimizer is engine.optimizer:
+        return None
+    return ValueError("give the optimizer that initialize() returned with this model (None for a frozen model)")
 
 
 def _shapes(engine: Engine) -> dict[str, tuple[int, ...]]:

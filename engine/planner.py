@@ -83,6 +83,8 @@ def plan(
     `initialize` does for wrong options."""
     if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
         raise ValueError(f"world_size={world_size!r}: must be a whole number of ranks, at least 1")
+    if isinstance(accumulation_steps, bool) or not isinstance(accumulation_steps, int) or accumulation_steps < 1:
+        raise ValueError(f"accumulation_steps={accumulation_steps!r}: must be a whole number, at least 1")
     config = EngineConfig.from_keywords(**options)
     if optimizer is None:
         group_of = {parameter: 0 for parameter in model.parameters() if parameter.requires_grad}

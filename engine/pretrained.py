@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .parameter_names import listed, parameter_aliases
+from .parameter_names import listed, parameter_aliases, persistent_buffer_names
 from .safetensors_io import SafetensorsFile, SafetensorsFileError
 from .weight_conversion import Conversion, is_transformers_model, loading_conversions
 
@@ -41,7 +41,7 @@ class PretrainedFolder:
         self._canonical = {alias: name for name, group in aliases.items() for alias in group}
         shapes = {name: model.get_parameter(name).shape for name in aliases}
         buffers = dict(model.named_buffers(remove_duplicate=False))
-        persistent = buffers.keys() & model.state_dict().keys()
+        persistent = buffers.keys() & persistent_buffer_names(model)
         shapes |= {name: buffers[name].shape for name in persistent}
 
         stored = {name: _on_meta(file, name) for name, file in self._files.items()}

@@ -24,6 +24,7 @@ from .lanes import InlineLane, Lane, make_lane
 from .layout import Layout, ParamSpec, pack
 from .materialize import initialize_parameters, rebuild_buffers
 from .optimizer import ZeroOptimizer, read_adam_groups
+from .parameter_names import persistent_buffer_names
 from .pretrained import PretrainedFolder
 from .tiers import BufferPool, Ledger, OutOfBudgetError, Payload, Storage, Tier
 
@@ -137,7 +138,7 @@ def initialize(
         groups.append(ChunkGroup(group_spec.name, group_index, chunks, rank_group, lane, copy_lane, traffic))
     loader.load_buffers()
 
-    schedule = Schedule(groups, config, ledger, rank_group.is_distributed)
+    schedule = Schedule(groups, config, ledger, traffic)
     _register_hooks(model, parts, groups, schedule, config)
     zero_optimizer = None
     if optimizer is not None:
@@ -156,11 +157,11 @@ def gathered(model: nn.Module) -> Iterator[nn.Module]:
     schedule = engine_of(model).schedule
     schedule.recover()
     token = f"gathered() number {next(_gathered_count)}"
-    schedule.pin_all(token)
+    schedule.hold_all(token)
     try:
         yield model
     finally:
-        schedule.unpin_all(token)
+        schedule.release_all(token)
 
 
 def memory_report(model: nn.Module) -> dict[str, dict[str, dict[str, int]]]:
@@ -338,10 +339,15 @@ class _WeightLoader:
         if self._folder is not None:
             self._folder.fill_buffers(self._model, self._device)
         rebuild_buffers(self._model, self._device)
-        for module in self._model.modules():
+        # As module.to(dtype) does it. What is not persistent (rotary frequencies) is made in the precision that it
+        # needs.
+        persistent = persistent_buffer_names(self._model)
+        for path, module in self._model.named_modules():
             for name, buffer in module.named_buffers(recurse=False):
-                if buffer.device != self._device:
-                    module._buffers[name] = buffer.to(self._device)
+                cast = buffer.is_floating_point() and f"{path}.{name}".lstrip(".") in persistent
+                dtype = Precision(self._config.precision).dtype if cast else buffer.dtype
+                if (buffer.device, buffer.dtype) != (self._device, dtype):
+                    module._buffers[name] = buffer.to(self._device, dtype)
                 self._broadcast(module._buffers[name])
 
     def _whole_values(self, chunk: Chunk) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -400,7 +406,8 @@ def _register_hooks(
                 if tensor.grad_fn is not None:
                     tensor.register_hook(lambda gradient: schedule.begin_backward())
 
-    model.register_forward_pre_hook(before_forward, with_kwargs=True)
+    # The first of all: it clears what the units' own hooks then set.
+    model.register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True)
     model.register_forward_hook(after_forward)
 
     def before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
