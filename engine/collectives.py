@@ -27,6 +27,10 @@ class RankGroup:
     def is_distributed(self) -> bool:
         return self.world_size > 1
 
+    def scratch_numel(self, full: torch.Tensor) -> int:
+        """What a reduction of `full` needs beside its result: the other ranks' slices, which NCCL does not hand out."""
+        return 0 if full.is_cuda or not self.is_distributed else full.numel() // self.world_size * (self.world_size - 1)
+
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's value, by rank."""
         values = [value]
@@ -97,28 +101,29 @@ def all_gather_(full: torch.Tensor, group: RankGroup, tag: int) -> None:
     _exchange({peer: own for peer in peers}, {peer: slices[peer] for peer in peers}, group, tag)
 
 
-def reduce_scatter(full: torch.Tensor, out: torch.Tensor, group: RankGroup, tag: int) -> None:
+def reduce_scatter(full: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor, group: RankGroup, tag: int) -> None:
     """out [numel / world_size] = the sum over ranks of this rank's slice of `full` [numel]; 16-bit sums are taken in
-    float32."""
+    float32. `scratch` has `group.scratch_numel(full)` elements."""
     slices = _slices(full, group.world_size)
     if full.is_cuda:
         dist.reduce_scatter_tensor(out, full, group=group.transfers)
         return
     peers = [peer for peer in range(group.world_size) if peer != group.rank]
-    parts = {peer: torch.empty_like(out) for peer in peers}
+    parts = dict(zip(peers, scratch.view(len(peers), -1), strict=True))
     _exchange({peer: slices[peer] for peer in peers}, parts, group, tag)
     parts[group.rank] = slices[group.rank]
     sum_in_rank_order(parts, group.rank, out)
 
 
-def all_reduce(full: torch.Tensor, out: torch.Tensor, group: RankGroup, tag: int) -> None:
-    """out [numel] = the sum over ranks of `full` [numel]; both may be the same memory."""
+def all_reduce(full: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor, group: RankGroup, tag: int) -> None:
+    """out [numel] = the sum over ranks of `full` [numel]; both may be the same memory. `scratch` as for
+    reduce_scatter."""
     if full.is_cuda:
         if out.data_ptr() != full.data_ptr():
             out.copy_(full)
         dist.all_reduce(out, group=group.transfers)
         return
-    reduce_scatter(full, _slices(out, group.world_size)[group.rank], group, tag)
+    reduce_scatter(full, _slices(out, group.world_size)[group.rank], scratch, group, tag)
     all_gather_(out, group, tag)
 
 

@@ -7,6 +7,9 @@ added
 is
    moved to the tier of the optimizer state, and added to what earlier micro-batches left there.
 3. The step takes that part, and it is gone.
+
+On one rank, with the optimizer state on the device, there is nothing to reduce and nowhere to go: a gradient is kept as
+the tensor that autograd made.
 """
 
 from collections import deque
@@ -22,7 +25,7 @@ from .layout import Slot
 from .tiers import BufferPool, Ledger, Payload, Tier
 
 MAX_IN_FLIGHT = 4
-"""Local buffers that wait for their reduction; one more and the backward pass waits for the oldest."""
+"""Reductions whose buffers are held; one more and the backward pass waits for the oldest."""
 
 
 @dataclass
@@ -33,11 +36,11 @@ class GradientTraffic:
     lane: Lane
     pool: BufferPool
     ledger: Ledger
-    _in_flight: deque[tuple[Event, torch.Tensor]] = field(default_factory=deque)
+    _in_flight: deque[tuple[Event, list[torch.Tensor]]] = field(default_factory=deque)
 
-    def hold(self, event: Event, buffer: torch.Tensor) -> None:
-        """Keep `buffer` until `event`, before which the lane reads it."""
-        self._in_flight.append((event, buffer))
+    def hold(self, event: Event, buffers: list[torch.Tensor]) -> None:
+        """Keep `buffers` until `event`, before which the lane uses them."""
+        self._in_flight.append((event, buffers))
         while len(self._in_flight) > MAX_IN_FLIGHT:
             self._release_oldest()
 
@@ -46,19 +49,31 @@ class GradientTraffic:
             self._release_oldest()
 
     def _release_oldest(self) -> None:
-        event, buffer = self._in_flight.popleft()
+        event, buffers = self._in_flight.popleft()
         event.wait()
-        self.pool.give_back(buffer)
+        for buffer in buffers:
+            self.pool.give_back(buffer)
+
+
+@dataclass(frozen=True)
+class GradientPart:
+    """Elements [start, stop) of the owned part of a chunk's gradient."""
+
+    start: int
+    stop: int
+    values: torch.Tensor  # 1D [stop - start]
 
 
 class ChunkGradient:
     def __init__(self, chunk: Chunk, traffic: GradientTraffic) -> None:
         self.chunk = chunk
         self._traffic = traffic
+        self._stays = not traffic.group.is_distributed and chunk.placement.optimizer_tier is Tier.DEVICE
+        self._kept: dict[str, torch.Tensor] = {}  # by name, each 1D [slot numel], where gradients stay
         self._local: torch.Tensor | None = None  # 1D [numel], on the device
         self._landed: set[str] = set()
         self._reduced: torch.Tensor | None = None  # 1D [owned_numel], on the optimizer's tier
-        self._sum_of_squares: torch.Tensor | None = None  # float64 [1], of the reduced gradient
+        self._sum_of_squares: float | torch.Tensor | None = None  # of all parts
         self._event: Event | None = None
 
     @property
@@ -69,6 +84,10 @@ class ChunkGradient:
     def land(self, slot: Slot, gradient: torch.Tensor) -> None:
         if gradient.layout is not torch.strided:
             raise RuntimeError(f"{slot.fqn}: a sparse gradient; build its embedding with sparse=False")
+        self._sum_of_squares = None
+        if self._stays:
+            self._keep(slot.fqn, gradient.contiguous().view(-1))
+            return
         if self._local is None:
             self._local = self._traffic.pool.take(self.chunk.spec.numel, gradient.dtype)
         if slot.fqn in self._landed:
@@ -80,26 +99,33 @@ class ChunkGradient:
             place.copy_(gradient)
             self._landed.add(slot.fqn)
 
+    def _keep(self, fqn: str, gradient: torch.Tensor) -> None:
+        earlier = self._kept.pop(fqn, None)
+        if earlier is not None:
+            self._enter(-earlier.nbytes)
+            gradient = earlier.float().add_(gradient)
+        self._kept[fqn] = gradient
+        self._enter(gradient.nbytes)
+
+    def _enter(self, nbytes: int) -> None:
+        self._traffic.ledger.add(Tier.DEVICE, Payload.GRADIENT, nbytes)
+
     def reduce(self, final: bool) -> None:
         """Start the reduction of what has landed; what has not counts as zero. A collective.
 
         `final`: no more is expected before the step, so that the norm is taken while the values are in the cache.
         """
+        if self._stays:
+            if final:
+                self.squares()
+            return
         local = self._take_local()
         earlier = self.finish()  # the lane adds to it, so the reduction that made it must have ended
         self._sum_of_squares = None
-        on_host = self.chunk.placement.optimizer_tier is Tier.HOST
-        if not self._traffic.group.is_distributed and not on_host:
-            if earlier is None:
-                self._reduced = local
-            else:
-                self._reduced = self._in_float32(earlier).add_(local)
-                self._traffic.pool.give_back(local)
-            if final:
-                self._sum_of_squares = sum_of_squares(self._reduced)
-            return
+        pool, on_host = self._traffic.pool, self.chunk.placement.optimizer_tier is Tier.HOST
         in_place = self.chunk.placement.owned_numel == self.chunk.spec.numel
-        part = local if in_place else self._traffic.pool.take(self.chunk.placement.owned_numel, local.dtype)
+        part = local if in_place else pool.take(self.chunk.placement.owned_numel, local.dtype)
+        received = pool.take(self._traffic.group.scratch_numel(local), local.dtype)
         if on_host:
             self._reduced = self._host_target(earlier, part.dtype)
         else:
@@ -110,7 +136,7 @@ class ChunkGradient:
             with torch.profiler.record_function(f"megalith::reduce {self.chunk.name}"):
                 if self._traffic.group.is_distributed:
                     collective = all_reduce if in_place else reduce_scatter
-                    collective(local, part, self._traffic.group, self.chunk.index)
+                    collective(local, part, received, self._traffic.group, self.chunk.index)
                 if target is not part and first:
                     target.copy_(part, non_blocking=True)
                 elif target is not part:
@@ -119,13 +145,15 @@ class ChunkGradient:
                     self._sum_of_squares = sum_of_squares(part if first else target)
 
         self._event = self._traffic.lane.submit(work, f"reduce {self.chunk.name}")
+        used = [received]
         if not in_place:
-            self._traffic.hold(self._event, local)
+            used.append(local)
         if target is not part:
-            self._traffic.hold(self._event, part)
+            used.append(part)
+        self._traffic.hold(self._event, used)
 
     def finish(self) -> torch.Tensor | None:
-        """The reduced gradient [owned_numel] on the optimizer's tier, None when there was none. The host waits for it
+        """The reduced gradient [owned_numel] on the optimizer's tier, None when there is none. The host waits for it
         where it lies on the host."""
         if self._event is not None:
             self._event.wait()
@@ -134,15 +162,27 @@ class ChunkGradient:
             self._event = None
         return self._reduced
 
-    def squares(self) -> torch.Tensor | None:
-        """The sum of squares of the reduced gradient, float64 [1], None when there is no gradient."""
+    def parts(self) -> list[GradientPart]:
+        """What the step consumes, in storage order."""
+        if self._stays:
+            slots = [slot for slot in self.chunk.spec.slots if slot.fqn in self._kept]
+            return [GradientPart(slot.offset_numel, slot.stop_numel, self._kept[slot.fqn]) for slot in slots]
         reduced = self.finish()
-        if reduced is not None and self._sum_of_squares is None:
-            self._sum_of_squares = sum_of_squares(reduced)
+        return [] if reduced is None else [GradientPart(0, reduced.numel(), reduced)]
+
+    def squares(self) -> float | torch.Tensor:
+        """The sum of squares of all parts; a tensor (float64 [1]) where it is still being computed."""
+        parts = self.parts()
+        if self._sum_of_squares is None:
+            values = [sum_of_squares(part.values) for part in parts]
+            self._sum_of_squares = torch.cat(values).sum() if values else 0.0
         return self._sum_of_squares
 
     def drop(self) -> None:
         """Forget everything, landed and reduced."""
+        for kept in self._kept.values():
+            self._enter(-kept.nbytes)
+        self._kept.clear()
         reduced = self.finish()
         if self._local is not None:
             self._traffic.pool.give_back(self._take_local())

@@ -89,9 +89,13 @@ class ThreadLane:
             del item, work, event  # a closure kept here would keep its chunk's buffers alive while the lane is idle
 
     def close(self) -> None:
-        """What was submitted is still done. Called by a finalizer too, on any thread, so it does not wait for that."""
-        self._closed = True
-        self._queue.put(None)
+        """What was submitted is done first. The wait is bounded, since a peer that is gone may never answer; without
+        one, a process that ends while the worker is in the middle of a transfer would abort."""
+        if not self._closed:
+            self._closed = True
+            self._queue.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=5)
 
 
 class StreamEvent:

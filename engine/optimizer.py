@@ -13,7 +13,7 @@ from .chunk import Chunk
 from .chunk_group import ChunkGroup
 from .collectives import RankGroup, sum_over_ranks
 from .config import EngineConfig, Precision
-from .gradients import ChunkGradient
+from .gradients import ChunkGradient, GradientPart
 from .hooks import Schedule
 from .loss_scaler import DynamicLossScaler
 
@@ -171,8 +171,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _norm(self) -> tuple[float, bool]:
         """Global 2-norm of the averaged, unscaled gradient, and whether it is not finite."""
-        squares = [gradient.squares() for gradient in self._gradients()]
-        total = math.fsum(float(value) for value in squares if value is not None)
+        total = math.fsum(float(gradient.squares()) for gradient in self._gradients())
         if self._config.zero_stage > 0:  # below, every rank holds the whole gradient
             [total] = sum_over_ranks([total], self._rank_group)
         return math.sqrt(total) * self._averaging(), not math.isfinite(total)
@@ -193,43 +192,43 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for group in self._groups:  # in forward order: the first is needed first
             updated = []
             for gradient in group.gradients:
-                runs = list(self._runs(gradient.chunk, touched))
-                reduced = gradient.finish()
-                if reduced is not None and any(slot.fqn in touched for slot in gradient.chunk.spec.slots):
-                    self._update_chunk(gradient.chunk, reduced, runs, factor)
+                if any(slot.fqn in touched for slot in gradient.chunk.spec.slots):
+                    self._update_chunk(gradient, touched, factor)
                     updated.append(gradient.chunk)
             if updated:
                 group.mark_updated(updated)
                 if not group.is_sharded:
                     self._schedule.refresh(group)
 
-    def _update_chunk(self, chunk: Chunk, gradient: torch.Tensor, runs: list[Run], factor: float) -> None:
+    def _update_chunk(self, gradient: ChunkGradient, touched: set[str], factor: float) -> None:
+        chunk = gradient.chunk
         device = chunk.exp_avg.device
         weight = chunk.weight.data.to(device)  # the same tensor where weight and state are on one device
         values = torch.tensor([factor, 0.0], dtype=torch.float32, device=device)
         with torch.profiler.record_function(f"megalith::adam {chunk.name}"):
-            for run in runs:
-                part = slice(run.start, run.stop)
-                fused_adam_(
-                    weight[part],
-                    gradient[part],
-                    chunk.exp_avg[part],
-                    chunk.exp_avg_sq[part],
-                    self._hyper(run),
-                    factor=values[:1],
-                    found_inf=values[1:],
-                    remainder=None if chunk.remainder is None else chunk.remainder[part],
-                    master=None if chunk.master is None else chunk.master[part],
-                )
+            for part in gradient.parts():
+                for run in self._runs(chunk, touched, part):
+                    owned = slice(run.start, run.stop)
+                    fused_adam_(
+                        weight[owned],
+                        part.values[run.start - part.start : run.stop - part.start],
+                        chunk.exp_avg[owned],
+                        chunk.exp_avg_sq[owned],
+                        self._hyper(run),
+                        factor=values[:1],
+                        found_inf=values[1:],
+                        remainder=None if chunk.remainder is None else chunk.remainder[owned],
+                        master=None if chunk.master is None else chunk.master[owned],
+                    )
         if weight.data_ptr() != chunk.weight.data_ptr():
             chunk.weight.data.copy_(weight)
 
-    def _runs(self, chunk: Chunk, touched: set[str]) -> Iterator[Run]:
-        """The owned part of `chunk`, cut where the group, the step number or being touched changes."""
+    def _runs(self, chunk: Chunk, touched: set[str], part: GradientPart) -> Iterator[Run]:
+        """The owned slots in `part` of the gradient, cut where the group, the step number or being touched changes."""
         run: Run | None = None
         for owned in chunk.owned_slots():
             fqn, group = owned.slot.fqn, owned.slot.optimizer_group
-            if fqn not in touched:
+            if fqn not in touched or not part.start <= owned.shard_start < part.stop:
                 continue
             step = self.steps_taken[fqn]
             if run is not None and (run.stop, run.optimizer_group, run.step) == (owned.shard_start, group, step):

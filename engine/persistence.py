@@ -13,6 +13,7 @@ from . import export
 from .checkpoint import Piece, read_checkpoint, write_checkpoint
 from .chunk import Chunk
 from .optimizer import ZeroOptimizer
+from .parameter_names import persistent_buffer_names
 from .rng_state import capture_rng_state, restore_rng_state
 from .shard import Engine, engine_of
 
@@ -39,7 +40,7 @@ def save_checkpoint(
         dict(_pieces(engine)),
         shapes=_shapes(engine),
         state={"optimizer": None if optimizer is None else optimizer.shared_state()},
-        rank_state={"random": capture_rng_state(), "caller": state},
+        rank_state={"random": capture_rng_state(), "buffers": _persistent_buffers(model), "caller": state},
         rank=engine.rank_group.rank,
         world_size=engine.rank_group.world_size,
         barrier=engine.rank_group.barrier,
@@ -83,6 +84,8 @@ def load_checkpoint(folder: str | os.PathLike, model: nn.Module, optimizer: Zero
     engine.rank_group.barrier(error)
     if optimizer is not None:
         optimizer.load_shared_state(shared)
+    for name, buffer in _persistent_buffers(model).items():
+        buffer.copy_(rank_state["buffers"][name])
     restore_rng_state(rank_state["random"])
     return rank_state["caller"]
 
@@ -106,6 +109,11 @@ def _wrong_optimizer(engine: Engine, optimizer: ZeroOptimizer | None) -> ValueEr
     if optimizer is engine.optimizer:
         return None
     return ValueError("give the optimizer that initialize() returned with this model (None for a frozen model)")
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    persistent = persistent_buffer_names(model)
+    return {name: buffer for name, buffer in model.named_buffers() if name in persistent}
 
 
 def _shapes(engine: Engine) -> dict[str, tuple[int, ...]]:

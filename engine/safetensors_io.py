@@ -41,7 +41,7 @@ DTYPE_NAMES = {
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit; a longer one is not a safetensors file
-_READ_BYTES = 64 * 2**20  # a cast reads through a buffer of this size at most
+_READ_BYTES = 16 * 2**20  # a cast reads through a buffer of this size at most
 
 
 class SafetensorsFileError(RuntimeError):
@@ -252,7 +252,7 @@ class SafetensorsFile:
         """Fill `out` with the elements [offset_numel, offset_numel + out.numel()) of the flattened tensor `name`.
 
         `out` has any shape, device and dtype (values are cast). Same dtype, contiguous and on the CPU: the file is read
-        into its memory. Otherwise through a buffer of at most 64 MiB (all of `out`, where it is not contiguous).
+        into its memory. Otherwise through a buffer of at most 16 MiB (all of `out`, where it is not contiguous).
         """
         stored = self.tensors.get(name)
         if stored is None:

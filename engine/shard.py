@@ -386,11 +386,12 @@ def _register_hooks(
             hooks[unit.name] = unit_hooks
             for group in needed:
                 group.unit_count += 1
+    landing = weakref.proxy(schedule)  # a hook on a tensor is no part of a cycle that can be collected
     for group in groups:
         for gradient in group.gradients:
             for slot in gradient.chunk.spec.slots:
                 model.get_parameter(slot.fqn).register_post_accumulate_grad_hook(
-                    lambda parameter, gradient=gradient, slot=slot: schedule.land(gradient, slot, parameter)
+                    lambda parameter, gradient=gradient, slot=slot: landing.land(gradient, slot, parameter)
                 )
 
     compute_dtype = Precision(config.precision).dtype
