@@ -1,0 +1,61 @@
+"""The console script: `megalith STAGE …` runs one stage in this process, or under torchrun with `--nproc_per_node N`.
+
+The modules of the stages are imported only when asked for: each brings in torch and transformers, which take seconds
+to load.
+"""
+
+import argparse
+import importlib
+import sys
+
+from .errors import InputError, exit_on_input_error, nearest
+
+STAGES = {
+    "sft": ("train_sft", "supervised fine-tuning on instructions or conversations"),
+}
+
+
+def _usage():
+    lines = [f"  {name:<10}{text}" for name, (_, text) in STAGES.items()]
+    return "\n".join(
+        [
+            "usage: megalith STAGE [--nproc_per_node N] [options]",
+            "",
+            "stages:",
+            *lines,
+            "",
+            "megalith STAGE --help lists the options.",
+        ]
+    )
+
+
+def _launch(module, nproc_per_node, argv):
+    """Run `module` under torchrun on this machine, as `torchrun --standalone --nproc_per_node N -m MODULE …` would."""
+    from torch.distributed.run import main as torchrun
+
+    torchrun(["--standalone", "--nproc_per_node", nproc_per_node, "-m", module, *argv])
+
+
+def _dispatch(argv):
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return
+    stage, *rest = argv
+    if stage not in STAGES:
+        raise InputError(f"unknown stage '{stage}'{nearest(stage, STAGES)} (see megalith --help)")
+    module = f"{__package__}.{STAGES[stage][0]}"
+    launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    launcher.add_argument("--nproc_per_node", "--nproc-per-node")
+    launch, rest = launcher.parse_known_args(rest)
+    if launch.nproc_per_node:
+        _launch(module, launch.nproc_per_node, rest)
+    else:
+        importlib.import_module(module).main(rest)
+
+
+def main(argv=None):
+    exit_on_input_error(lambda: _dispatch(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    main()

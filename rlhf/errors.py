@@ -1,0 +1,25 @@
+"""One class for what the user can mend, and the way such an error leaves the program."""
+
+import difflib
+import os
+import sys
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message names it, its value and what to do next."""
+
+
+def nearest(word, known):
+    """A hint such as "; did you mean 'zero2'?", or the empty string when nothing is near."""
+    matches = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean '{matches[0]}'?" if matches else ""
+
+
+def exit_on_input_error(function):
+    """Call `function()`; an InputError becomes one line on stderr and exit status 2, on every rank."""
+    try:
+        return function()
+    except InputError as error:
+        rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+        print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -1,0 +1,84 @@
+"""Numbers of a run: `metrics.jsonl`, TensorBoard, optionally Weights & Biases, and a progress bar, all on the first
+rank only.
+"""
+
+import json
+import resource
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+
+def peak_memory_bytes(device):
+    """The most this rank has held: allocated on the GPU, or resident in RAM for a CPU run."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory_table(report):
+    """The lines of `engine.memory_report` that are not zero: tier, payload, MB now and at the peak."""
+    rows = [
+        f"{tier:<8}{payload:<12}{sizes['bytes'] / 1e6:>12.1f}{sizes['peak_bytes'] / 1e6:>12.1f}"
+        for tier, payloads in report.items()
+        for payload, sizes in payloads.items()
+        if sizes["peak_bytes"]
+    ]
+    return "\n".join([f"{'tier':<8}{'payload':<12}{'MB now':>12}{'MB at peak':>12}", *rows])
+
+
+class MetricsLog:
+    """Writes rows of numbers that hold a `step`. On other ranks than the first every method does nothing.
+
+    `first_step`: rows of a former run beyond it are dropped, so that a resumed run's file equals that of an
+    uninterrupted one.
+    """
+
+    def __init__(self, folder, enabled, first_step, total_steps, tensorboard=True, wandb_project=None, config=None):
+        self._file = self._board = self._wandb = None
+        self._bar = tqdm(
+            total=total_steps, initial=first_step, unit="step", disable=None if enabled else True, dynamic_ncols=True
+        )
+        if not enabled:
+            return
+        path = Path(folder) / "metrics.jsonl"
+        kept = (
+            [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= first_step]
+            if first_step
+            else []
+        )
+        path.write_text("".join(line + "\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import, and one rank needs it
+
+            self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=first_step or None)
+        if wandb_project:
+            import wandb
+
+            self._wandb = wandb.init(project=wandb_project, dir=str(folder), config=config)
+
+    def advance(self):
+        self._bar.update()
+
+    def write(self, row):
+        """Log one row: a dict of numbers with a `step`."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps(row) + "\n")
+        numbers = {name: value for name, value in row.items() if name != "step"}
+        if self._board is not None:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, row["step"])
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=row["step"])
+        tqdm.write("  ".join(f"{name} {value:.6g}" for name, value in row.items()))
+
+    def close(self):
+        self._bar.close()
+        for sink in (self._file, self._board):
+            if sink is not None:
+                sink.close()
+        if self._wandb is not None:
+            self._wandb.finish()
