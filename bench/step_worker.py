@@ -1,0 +1,228 @@
+"""One rank of one entry of the step benchmark: wrap the model as the peer would, train it, write down what was seen.
+
+Run by its path, `python step_worker.py OPTIONS_JSON RESULT_FILE`, once a rank, with the variables that torchrun sets.
+DeepSpeed lives in an environment of its own, where megalith is not installed: so this file imports the package only in
+`build_megalith`, and each peer only where that peer is built. The training loop is the same for all of them.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import re
+import sys
+import time
+import types
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+import transformers
+
+PACKAGES = ("torch", "transformers", "triton", "deepspeed")
+
+
+def main():
+    options = types.SimpleNamespace(**json.loads(sys.argv[1]))
+    rank = int(os.environ["RANK"])
+    device = torch.device(options.device, int(os.environ["LOCAL_RANK"]) if options.device == "cuda" else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if options.process_group:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    torch.manual_seed(0)  # the same weights on every rank and for every peer
+    config = transformers.LlamaConfig(**options.model, use_cache=False)
+    model = transformers.LlamaForCausalLM(config).to(device).train()
+    model_numel = sum(p.numel() for p in model.parameters())
+    # One batch a rank, seen again at every step: its loss falls fast, and a wrong update shows in it.
+    generator = torch.Generator().manual_seed(1 + rank)
+    size = (options.batch_size, options.seq_len)
+    tokens = torch.randint(options.model["vocab_size"], size, generator=generator).to(device)
+
+    step = BUILDERS[options.peer](model, options, device)
+    losses = [step(tokens).detach() for _ in range(options.warmup)]
+    barrier(device)
+    busy_s, cpu_s, start_s = machine_busy_s(), time.process_time(), time.perf_counter()
+    losses += [step(tokens).detach() for _ in range(options.steps)]
+    barrier(device)
+    wall_s = time.perf_counter() - start_s
+    busy_s, cpu_s = machine_busy_s() - busy_s, time.process_time() - cpu_s
+
+    mine = {
+        "losses": [float(loss) for loss in losses],
+        "cpu_s": cpu_s,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_cuda_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
+    }
+    if options.trace:
+        export_trace(step, tokens, Path(options.trace) / f"{options.entry}-rank{rank}.json")
+    ranks = all_gather(mine)
+    if rank == 0:
+        cpu_s = sum(r["cpu_s"] for r in ranks)
+        metrics = {
+            "tokens_per_s": tokens.numel() * len(ranks) * options.steps / wall_s,
+            "peak_rss_bytes": max(r["peak_rss_bytes"] for r in ranks),
+            "peak_rss_sum_bytes": sum(r["peak_rss_bytes"] for r in ranks),
+            "cpu_s_per_step": cpu_s / options.steps,
+            # What the rest of the machine did meanwhile, of all its cores: it tells a reading taken in noise.
+            "other_load_share": max(0.0, busy_s - cpu_s) / (wall_s * psutil.cpu_count()),
+        }
+        if device.type == "cuda":
+            metrics["peak_cuda_bytes"] = max(r["peak_cuda_bytes"] for r in ranks)
+        result = {
+            "metrics": metrics,
+            "losses": [sum(each) / len(ranks) for each in zip(*(r["losses"] for r in ranks), strict=True)],
+            "model_numel": model_numel,
+            "versions": {name: version for name in PACKAGES if (version := installed_version(name))},
+        }
+        Path(sys.argv[2]).write_text(json.dumps(result))
+    if dist.is_initialized():
+        barrier(device)
+        dist.destroy_process_group()
+
+
+# Peers: each returns step(tokens) -> loss, which does forward, backward and update.
+
+
+def build_plain(model, options, device):
+    return torch_step(model, fused_adamw(model, options), autocast(options, device))
+
+
+def build_ddp(model, options, device):
+    # Views into the buckets save a copy and a second set of gradients.
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return torch_step(wrapped, fused_adamw(wrapped, options), autocast(options, device))
+
+
+def build_fsdp2(model, options, device):
+    """`reshard_after_forward` True is ZeRO-3, False is ZeRO-2. The untied embedding and head are groups of their own:
+    over gloo that is 15 % faster than to leave them to the root."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy()
+    if options.precision == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    for module in [*model.model.layers, model.model.embed_tokens, model.lm_head, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=options.reshard_after_forward)
+    return torch_step(model, fused_adamw(model, options))
+
+
+def build_deepspeed(model, options, device):
+    import deepspeed
+
+    zero = {"stage": options.zero_stage}
+    if device.type == "cpu":
+        # The fastest, and the smallest in memory, of those tried over gloo: nothing overlaps there, and the default
+        # buckets (in elements) are sized for GPUs.
+        bucket = 10_000_000
+        zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket, "stage3_prefetch_bucket_size": 0}
+    config = {
+        "train_micro_batch_size_per_gpu": options.batch_size,
+        "zero_optimization": zero,
+        "gradient_clipping": 0.0,  # 1.0 by default, which nobody else is asked for
+        "zero_allow_untested_optimizer": True,  # torch's fused AdamW, as for everybody
+        "bf16": {"enabled": options.precision == "bf16"},
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=fused_adamw(model, options), config=config)
+
+    def step(tokens):
+        loss = engine(input_ids=tokens, labels=tokens).loss
+        engine.backward(loss)
+        engine.step()
+        return loss
+
+    return step
+
+
+def build_megalith(model, options, device):
+    import megalith.engine
+
+    model, optimizer = megalith.engine.initialize(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=options.lr),
+        zero_stage=options.zero_stage,
+        placement="device",
+        precision=options.precision,
+    )
+    return torch_step(model, optimizer)
+
+
+BUILDERS = {
+    "plain": build_plain,
+    "ddp": build_ddp,
+    "fsdp2": build_fsdp2,
+    "deepspeed": build_deepspeed,
+    "megalith": build_megalith,
+}
+
+
+def torch_step(model, optimizer, forward_context=contextlib.nullcontext):
+    def step(tokens):
+        with forward_context():
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return step
+
+
+def fused_adamw(model, options):
+    return torch.optim.AdamW(model.parameters(), lr=options.lr, fused=True)
+
+
+def autocast(options, device):
+    if options.precision == "fp32":
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device.type, torch.bfloat16)
+
+
+# Measuring.
+
+
+def barrier(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_gather(value):
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def peak_rss_bytes():
+    """High-water mark of this process; `ru_maxrss` would begin at that of the parent, since exec carries it over."""
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def machine_busy_s():
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - times.iowait
+
+
+def installed_version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def export_trace(step, tokens, path):
+    with torch.profiler.profile() as profile:
+        for _ in range(2):
+            step(tokens)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profile.export_chrome_trace(str(path))
+
+
+if __name__ == "__main__":
+    main()
