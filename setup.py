@@ -1,7 +1,7 @@
 """Packaging of megalith.
 
-Four folders at the top are imported as one package: `engine/` is `megalith.engine`, and so on. A top-level import called
-`kernels` would shadow the PyPI package of that name which transformers itself imports.
+Four folders at the top are imported as one package: `engine/` is `megalith.engine`, and so on. A top-level import
+called `kernels` would shadow the PyPI package of that name which transformers itself imports.
 """
 
 import os

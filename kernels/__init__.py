@@ -1,4 +1,4 @@
-"""Kernels: each has a CPU path, a Triton kernel, a plain-PyTorch oracle to which both are bit-identical, a benchmark."""
+"""Kernels. Each has a Triton kernel, a CPU path, a plain-PyTorch oracle for both, and a benchmark."""
 
 from .adam import fused_adam_
 from .adam_step import AdamHyper

@@ -24,9 +24,9 @@ class AdamScalars(NamedTuple):
 class AdamHyper:
     """One optimizer group's values for one step.
 
-    `decoupled` chooses AdamW (Loshchilov and Hutter 2019, Algorithm 2); otherwise the decay is added to the gradient, as
-    in `torch.optim.Adam`. `step` counts from 1 and corrects the bias of the moments (Kingma and Ba 2015, Algorithm 1).
-    Raises ValueError for a value outside its range.
+    `decoupled` chooses AdamW (Loshchilov and Hutter 2019, Algorithm 2); otherwise the decay is added to the gradient,
+    as in `torch.optim.Adam`. `step` counts from 1 and corrects the bias of the moments (Kingma and Ba 2015,
+    Algorithm 1). Raises ValueError for a value outside its range.
     """
 
     lr: float

@@ -14,9 +14,7 @@ def cpu_adam_(tensors: AdamTensors, hyper: AdamHyper, factor: Tensor, found_inf:
     if native.best_isa() == "torch":
         blocked_adam_(tensors, hyper, factor, found_inf)
     elif found_inf.item() == 0:
-        native.adam_(
-            tensors, hyper.scalars(), decoupled=hyper.decoupled, factor=factor.item(), isa=native.best_isa()
-        )
+        native.adam_(tensors, hyper.scalars(), decoupled=hyper.decoupled, factor=factor.item(), isa=native.best_isa())
 
 
 def blocked_adam_(tensors: AdamTensors, hyper: AdamHyper, factor: Tensor, found_inf: Tensor) -> None:

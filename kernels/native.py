@@ -26,7 +26,7 @@ class _Scalars(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None after one warning where they were not built. Raises ImportError for a stale build."""
+    """The compiled kernels, or None, after a warning, where there are none. Raises ImportError for a stale build."""
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = Path(__file__).with_name("_cpu" + suffix)
         if path.exists():
@@ -42,7 +42,9 @@ def library() -> ctypes.CDLL | None:
     if loaded.megalith_cpu_abi() != ABI:
         raise ImportError(f"{path} has ABI {loaded.megalith_cpu_abi()}, but {ABI} is needed: build megalith again")
     pointer, int64, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    loaded.megalith_cpu_adam.argtypes = [integer] * 2 + [pointer] * 6 + [int64, ctypes.POINTER(_Scalars)] + [integer] * 3
+    loaded.megalith_cpu_adam.argtypes = (
+        [integer] * 2 + [pointer] * 6 + [int64, ctypes.POINTER(_Scalars)] + [integer] * 3
+    )
     loaded.megalith_cpu_sum_of_squares.argtypes = [integer, pointer, int64, pointer, integer, integer]
     return loaded
 

@@ -1,4 +1,4 @@
-"""Plain-PyTorch oracles. Each fixes the operations and their order to which the other implementations are bit-identical.
+"""Plain-PyTorch oracles. Each fixes the operations and their order; the other implementations are bit-identical to it.
 
 The rules: float32 operations that round once each (no fused multiply-add), IEEE division and square root, and constants
 that the host has rounded to float32.

@@ -1,0 +1,62 @@
+"""Host placement at two ranks, whole and in fractions: the bits of device placement."""
+
+import megalith.engine as engine
+import torch
+from launch import run_ranks
+from tiny import batches, make_model, rank_rows, weights_of
+
+FRACTIONS = [(0.0, 1.0), (0.5, 0.5), (1.0, 0.0), (1.0, 1.0), (0.25, 0.75)]
+
+
+def _train(rank, world_size, options):
+    model = make_model("gpt2", n_layer=3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-6)
+    model, optimizer = engine.initialize(model, optimizer, max_grad_norm=0.5, timeout_s=30, **options)
+    rows = iter(batches(6, rows=4, length=6))
+    norms = []
+    for micro_steps in (1, 2, 3):
+        for _ in range(micro_steps):
+            mine = rank_rows(next(rows), rank, world_size)
+            optimizer.backward(model(input_ids=mine, labels=mine).loss / micro_steps)
+        optimizer.step()
+        norms.append(optimizer.grad_norm)
+    with engine.gathered(model):
+        return weights_of(model), norms, engine.memory_report(model)
+
+
+def _jobs():
+    for precision in ("fp32", "bf16", "fp16"):
+        for stage in (0, 1, 2, 3):
+            base = (
+                {"precision": precision, "zero_stage": stage, "loss_scale": 256.0}
+                if precision == "fp16"
+                else {
+                    "precision": precision,
+                    "zero_stage": stage,
+                }
+            )
+            yield base
+            for weights, state in FRACTIONS if precision != "fp16" else FRACTIONS[1:2]:
+                if stage == 3:
+                    yield base | {"placement": "host", "param_offload": weights, "optimizer_offload": state}
+                elif weights == 0.5:
+                    yield base | {"placement": "host", "optimizer_offload": state}
+
+
+def _train_all(rank, world_size):
+    return [_train(rank, world_size, options) for options in _jobs()]
+
+
+def test_offloading_any_fraction_changes_no_bit():
+    first, second = run_ranks(2, _train_all)
+    for options, (weights, norms, report), theirs in zip(_jobs(), first, second, strict=True):
+        if "placement" not in options:
+            expected = weights, norms
+            continue
+        assert norms == expected[1] == theirs[1], options
+        for name in weights:
+            assert torch.equal(weights[name], expected[0][name]), (options, name)
+            assert torch.equal(weights[name], theirs[0][name]), (options, name)
+        host = {payload: entry["bytes"] for payload, entry in report.get("host", {}).items()}
+        assert ("weight" in host) == (options.get("param_offload", 0) > 0), options
+        assert ("exp_avg" in host) == (options["optimizer_offload"] > 0), options
