@@ -24,7 +24,7 @@ from .lanes import Event, Lane
 from .layout import Slot
 from .tiers import BufferPool, Ledger, Payload, Tier
 
-MAX_IN_FLIGHT = 4
+MAX_IN_FLIGHT = 2
 """Reductions whose buffers are held; one more and the backward pass waits for the oldest."""
 
 

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd import Variable
-from torch.autograd.graph import register_multi_grad_hook
 
 from .blocks import Unit
 from .chunk_group import ChunkGroup
@@ -311,8 +310,7 @@ class UnitHooks:
                 if tensor.requires_grad and (tensor.grad_fn is not None or in_recomputation)
             ]
             inputs = [tensor for tensor in inputs if not schedule.was_input(tensor)]
-            if inputs:
-                register_multi_grad_hook(inputs, self._after_backward, mode="all")
+            self._call_when_all_arrived(inputs)
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if self.depth == 0:  # covered
@@ -322,18 +320,32 @@ class UnitHooks:
             for group in self._groups:
                 group.pins.discard(self._forward_pin)
         if torch.is_grad_enabled():
-            outputs = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
-            if outputs:
-                register_multi_grad_hook(outputs, self._before_backward, mode="any")
+            for tensor in tensors_in(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(self._before_backward)
+
+    def _call_when_all_arrived(self, inputs: list[torch.Tensor]) -> None:
+        """Call `_after_backward` once every tensor's gradient is complete. Not by torch's register_multi_grad_hook: its
+        closures hold the graph in a cycle, and with it the activations until the garbage collector comes by."""
+        remaining = len(inputs)
+
+        def arrived(gradient: torch.Tensor) -> None:
+            nonlocal remaining
+            remaining -= 1
+            if remaining == 0:
+                self._after_backward()
+
+        for tensor in inputs:
+            tensor.register_hook(arrived)
 
     def _before_backward(self, gradient: torch.Tensor) -> None:
         self._schedule.begin_backward()
-        if self._backward_reads_weights:
+        if self._backward_reads_weights and not all(self._backward_pin in group.pins for group in self._groups):
             self._schedule.use(self._groups, "backward")
             for group in self._groups:
                 group.pins.add(self._backward_pin)
 
-    def _after_backward(self, gradients: Any) -> None:
+    def _after_backward(self) -> None:
         self._schedule.begin_backward()
         for group in self._groups:
             group.pins.discard(self._backward_pin)

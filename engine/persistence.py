@@ -153,4 +153,4 @@ def _whole_weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
         for chunk in group.chunks:
             for fqn, view in chunk.views.items():
                 yield fqn, view.detach().cpu()
-    engine.schedule.reshard_all()
+    engine.schedule.reshard_idle()

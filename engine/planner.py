@@ -23,7 +23,7 @@ class Plan:
     layout: Layout
     bytes_at_rest: dict[Tier, dict[Payload, int]]
     gathered_peak_bytes: int
-    """Whole weights of sharded chunks: the block in use and those that are prefetched."""
+    """Whole weights of sharded chunks: a block that ends, the one that begins, and those that are prefetched."""
     gradient_peak_bytes: int
     """On the device, when the last gradient of a step has landed."""
 
@@ -111,8 +111,8 @@ def _gathered_peak(layout: Layout, placements: list[ChunkPlacement], config: Eng
     remaining = iter(placements)
     sizes = [sum(spec.nbytes for spec in group.chunks if next(remaining).sharded) for group in layout.groups]
     if config.device_budget is not None:
-        return min(sum(sizes), max(config.device_budget, _largest_window(sizes, config.prefetch + 1)))
-    return _largest_window(sizes, config.prefetch + 1)
+        return min(sum(sizes), max(config.device_budget, _largest_window(sizes, config.prefetch + 2)))
+    return _largest_window(sizes, config.prefetch + 2)
 
 
 def _largest_window(sizes: list[int], length: int) -> int:

@@ -24,10 +24,16 @@ def make_tensors(form: str, grad_dtype: torch.dtype, numel: int, *, seed: int = 
 def make_special_tensors(form: str, grad_dtype: torch.dtype) -> AdamTensors:
     """Every combination of weight, gradient and moments among zeros, subnormals, huge values, infinities and NaN."""
     inf, nan = float("inf"), float("nan")
-    values = [0.0, -0.0, 1e-45, -1e-40, 6e-8, 1.0, -3.0, 65504.0, 65519.9, 65520.0, 3.4e38, -3.4e38, inf, -inf, nan]
-    moments = [0.0, 1e-45, 1e-39, 1.0, 3e38, inf, nan]
-    grid = torch.cartesian_prod(*(torch.tensor(axis) for axis in (values, values, moments, moments)))
-    master, grad, exp_avg, exp_avg_sq = (column.contiguous() for column in grid.unbind(1))
+    values = torch.tensor(
+        [0.0, -0.0, 1e-45, -1e-40, 6e-8, 1.0, -3.0, 65504.0, 65519.9, 65520.0, 3.4e38, inf, -inf, nan]
+    )
+    moments = torch.tensor([0.0, 1e-45, 1e-39, 1.0, 3e38, inf])
+    # A GPU's NaN, whose halves are 0 and -1 once they are rounded as if it were a number.
+    moments = torch.cat([moments, torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)])
+    # By index, since a copy of floats might not keep the bits of a NaN.
+    grid = torch.cartesian_prod(*(torch.arange(len(axis)) for axis in (values, values, moments, moments)))
+    index = grid.unbind(1)
+    master, grad, exp_avg, exp_avg_sq = values[index[0]], values[index[1]], moments[index[2]], moments[index[3]]
     return _place(form, master, grad.to(grad_dtype), exp_avg, exp_avg_sq, offset=0)
 
 

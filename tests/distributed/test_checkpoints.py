@@ -139,7 +139,7 @@ def _save_for_others(rank, world_size, folder):
     results = {}
     for precision in PRECISIONS:
         _seed(0)
-        run = _start({"precision": precision, "loss_scale": 256.0})
+        run = _start({"precision": precision})
         _train(*run, rank, world_size, 0, STEPS)
         engine.save_checkpoint(f"{folder}/{precision}", *run[:2], {"scheduler": run[2].state_dict()})
         saved = _everything(*run[:2])

@@ -80,7 +80,7 @@ def _error_of(call, *args, **keywords):
 
 def _fail_to_start(rank, world_size, folder):
     """The error of each wrong start. Ranks differ where a pair is given."""
-    other = ("zero_stage", (3, 2)), ("loss_scale", (1.0, 2.0)), ("seed", (0, 1)), ("device_budget", ("1GB", "2GB"))
+    other = ("zero_stage", (3, 2)), ("prefetch", (1, 2)), ("seed", (0, 1)), ("device_budget", ("1GB", "2GB"))
     errors = {f"option {name}": _error_of(_start, make_model(), **{name: pair[rank]}) for name, pair in other}
     errors["family"] = _error_of(_start, make_model(("llama", "qwen2")[rank]))
     errors["depth"] = _error_of(_start, make_model("llama", num_hidden_layers=2 + rank))

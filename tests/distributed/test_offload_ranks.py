@@ -25,18 +25,11 @@ def _train(rank, world_size, options):
 
 
 def _jobs():
-    for precision in ("fp32", "bf16", "fp16"):
+    for precision, fractions in (("fp32", FRACTIONS), ("bf16", FRACTIONS), ("fp16", FRACTIONS[1:2])):
         for stage in (0, 1, 2, 3):
-            base = (
-                {"precision": precision, "zero_stage": stage, "loss_scale": 256.0}
-                if precision == "fp16"
-                else {
-                    "precision": precision,
-                    "zero_stage": stage,
-                }
-            )
+            base = {"precision": precision, "zero_stage": stage}
             yield base
-            for weights, state in FRACTIONS if precision != "fp16" else FRACTIONS[1:2]:
+            for weights, state in fractions:
                 if stage == 3:
                     yield base | {"placement": "host", "param_offload": weights, "optimizer_offload": state}
                 elif weights == 0.5:

@@ -19,7 +19,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def _start(limit=None, **options):
     model = make_model("llama_tied")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-6)
-    return engine.initialize(model, optimizer, max_grad_norm=limit, timeout_s=30, loss_scale=256.0, **options)
+    scale = {"loss_scale": 256.0} if options["precision"] == "fp16" else {}
+    return engine.initialize(model, optimizer, max_grad_norm=limit, timeout_s=30, **scale, **options)
 
 
 def _loss(model, step, rank, world_size):
