@@ -11,7 +11,7 @@ from setuptools import Extension, setup
 
 PACKAGES = ["engine", "kernels", "rlhf", "bench"]
 
-# The CPU kernels have a plain C ABI and are loaded with ctypes, so the extension needs neither torch nor Python headers.
+# The CPU kernels have a plain C ABI and are loaded with ctypes: the extension needs neither torch nor Python headers.
 # -ffp-contract=off: a fused multiply-add would round once where the Triton twin rounds twice.
 cpu_kernels = Extension(
     "megalith.kernels._cpu",

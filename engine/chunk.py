@@ -120,16 +120,19 @@ class Chunk:
         self.placement = placement
         self._storage = storage
         self.state = ShardState.UNSHARDED
-        self.full: torch.Tensor = torch.empty(spec.numel, dtype=spec.dtype, device=storage.device)  # 1D [numel]
+        self.full: torch.Tensor  # 1D [numel]
+        if placement.sharded:
+            self.full = torch.empty(spec.numel, dtype=spec.dtype, device=storage.device)
+            storage.ledger.add(Tier.DEVICE, Payload.GATHERED, self.full.nbytes)
+        else:
+            self.full = storage.zeros(Tier.DEVICE, Payload.WEIGHT, spec.numel, spec.dtype)
         self.views = {slot.fqn: self.full[slot.offset_numel : slot.stop_numel].view(slot.shape) for slot in spec.slots}
         start, stop = placement.owned
         self.weight: torch.Tensor  # 1D [owned_numel], the owned part of the weights at rest
         if placement.sharded:
             self.weight = storage.zeros(placement.weight_tier, Payload.WEIGHT, placement.owned_numel, spec.dtype)
-            storage.ledger.add(Tier.DEVICE, Payload.GATHERED, self.full.nbytes)
         else:
             self.weight = self.full[start:stop]
-            storage.ledger.add(Tier.DEVICE, Payload.WEIGHT, self.full.nbytes)
         self.remainder: torch.Tensor | None = None  # 1D int16 [owned_numel], bf16 only
         self.master: torch.Tensor | None = None  # 1D float32 [owned_numel], fp16 only
         self.exp_avg: torch.Tensor | None = None  # 1D float32 [owned_numel]
@@ -190,9 +193,13 @@ class Chunk:
         """Take weight and master of the owned elements in `part` from full-precision values. Of a chunk that is neither
         sharded nor wholly owned, the caller gathers the rest."""
         if self.remainder is not None:
-            high, low = split_master(values.float())
-            self.weight.data[part].copy_(high)
-            self.remainder[part].copy_(low)
+            weight, remainder = self.weight.data[part], self.remainder[part]
+            if values.device == weight.device == remainder.device:
+                split_master(values, out=(weight, remainder))
+            else:
+                high, low = split_master(values)
+                weight.copy_(high)
+                remainder.copy_(low)
             return
         self.weight.data[part].copy_(values)
         if self.master is not None:

@@ -142,15 +142,16 @@ class Schedule:
         for group in self.groups:
             group.wait()
 
-    def hold_all(self, token: str) -> None:
-        """Unshard every group and keep it so until `release_all`."""
-        for group in self.groups:
+    def hold(self, groups: list[ChunkGroup], token: str) -> None:
+        """Unshard `groups` and keep them so until `release`."""
+        for group in groups:
             self._unshard(group)
             group.holders.add(token)
-        self.wait_all()
+        for group in groups:
+            group.wait()
 
-    def release_all(self, token: str) -> None:
-        for group in self.groups:
+    def release(self, groups: list[ChunkGroup], token: str) -> None:
+        for group in groups:
             group.holders.discard(token)
         self.reshard_idle()
 
@@ -312,17 +313,26 @@ class UnitHooks:
             inputs = [tensor for tensor in inputs if not schedule.was_input(tensor)]
             self._call_when_all_arrived(inputs)
 
-    def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         if self.depth == 0:  # covered
-            return
+            return None
         self.depth -= 1
         if self.depth == 0:
             for group in self._groups:
                 group.pins.discard(self._forward_pin)
-        if torch.is_grad_enabled():
-            for tensor in tensors_in(output):
-                if tensor.requires_grad:
-                    tensor.register_hook(self._before_backward)
+        if not torch.is_grad_enabled():
+            return None
+        # A block that returns its input gets an autograd node of its own, or the hooks of several blocks would be on
+        # one tensor and fire in the order of the forward pass.
+        given = {id(tensor) for tensor in tensors_in((args, kwargs), in_objects=False)}
+        if isinstance(output, torch.Tensor):
+            output = _apart(output, given)
+        elif type(output) is tuple:
+            output = tuple(_apart(item, given) for item in output)
+        for tensor in tensors_in(output):
+            if tensor.requires_grad:
+                tensor.register_hook(self._before_backward)
+        return output
 
     def _call_when_all_arrived(self, inputs: list[torch.Tensor]) -> None:
         """Call `_after_backward` once every tensor's gradient is complete. Not by torch's register_multi_grad_hook: its
@@ -350,6 +360,10 @@ class UnitHooks:
         for group in self._groups:
             group.pins.discard(self._backward_pin)
         self._schedule.unit_done(self._unit.name, self._groups)
+
+
+def _apart(value: Any, given: set[int]) -> Any:
+    return value.view_as(value) if isinstance(value, torch.Tensor) and id(value) in given else value
 
 
 def tensors_in(value: Any, in_objects: bool = True, depth: int = 0) -> Iterable[torch.Tensor]:

@@ -149,8 +149,8 @@ def _load_chunk(chunk: Chunk, saved: checkpoint_files.Checkpoint) -> None:
 
 def _whole_weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
     for group in engine.groups:
-        engine.schedule.use([group], "export")
+        engine.schedule.hold([group], "export")
         for chunk in group.chunks:
             for fqn, view in chunk.views.items():
                 yield fqn, view.detach().cpu()
-    engine.schedule.reshard_idle()
+        engine.schedule.release([group], "export")

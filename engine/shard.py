@@ -157,11 +157,11 @@ def gathered(model: nn.Module) -> Iterator[nn.Module]:
     schedule = engine_of(model).schedule
     schedule.recover()
     token = f"gathered() number {next(_gathered_count)}"
-    schedule.hold_all(token)
+    schedule.hold(schedule.groups, token)
     try:
         yield model
     finally:
-        schedule.release_all(token)
+        schedule.release(schedule.groups, token)
 
 
 def memory_report(model: nn.Module) -> dict[str, dict[str, dict[str, int]]]:
@@ -316,6 +316,7 @@ class _WeightLoader:
         self._config = config
         self._rank_group = rank_group
         self._device = device
+        self._staging = torch.empty(0, device=device)  # float32, grown to the largest chunk
 
     @torch.no_grad()
     def load(self, chunks: list[Chunk]) -> None:
@@ -353,8 +354,12 @@ class _WeightLoader:
     def _whole_values(self, chunk: Chunk) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Room for the chunk's whole values [numel], in float32 where they are floats, and its slots as views of it."""
         spec = chunk.spec
-        dtype = torch.float32 if spec.dtype.is_floating_point else spec.dtype
-        values = chunk.full.data if spec.dtype == dtype else torch.empty(spec.numel, dtype=dtype, device=self._device)
+        if not spec.dtype.is_floating_point or (spec.dtype == torch.float32 and not chunk.placement.sharded):
+            values = chunk.full.data
+        else:  # the pages of a `full` that is released next are better never touched
+            if self._staging.numel() < spec.numel:
+                self._staging = torch.empty(spec.numel, device=self._device)
+            values = self._staging[: spec.numel]
         values[spec.used_numel :].zero_()
         return values, {slot.fqn: values[slot.offset_numel : slot.stop_numel].view(slot.shape) for slot in spec.slots}
 

@@ -119,7 +119,10 @@ class Storage:
 
     def zeros(self, tier: Tier, payload: Payload, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """A 1-D payload that lives as long as the engine."""
-        if tier is Tier.DEVICE:
+        if tier is Tier.DEVICE and self.device.type == "cpu":
+            # Pages of their own: blocks that stay, among malloc's short-lived ones, would leave holes between them.
+            tensor = HostSlab(numel * dtype.itemsize, pin=False).take(numel, dtype)
+        elif tier is Tier.DEVICE:
             tensor = torch.zeros(numel, dtype=dtype, device=self.device)
         elif tier is Tier.HOST and self._slab is not None:
             tensor = self._slab.take(numel, dtype)

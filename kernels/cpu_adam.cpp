@@ -36,9 +36,13 @@ constexpr float kQuietNan = __builtin_nanf("");
 ALWAYS_INLINE uint32_t bits_with_one_nan(float value) { return bit_cast<uint32_t>(value == value ? value : kQuietNan); }
 
 #ifdef X86_DISPATCH
-AVX2_INLINE __m256i bits_with_one_nan(__m256 value) {
-  const __m256 is_nan = _mm256_cmp_ps(value, value, _CMP_UNORD_Q);
-  return _mm256_castps_si256(_mm256_blendv_ps(value, _mm256_set1_ps(kQuietNan), is_nan));
+// The same for sixteen: a NaN is so rare that a branch costs less than a select.
+AVX2_INLINE void make_one_nan(__m256& a, __m256& b) {
+  if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_UNORD_Q)) != 0, 0)) {
+    const __m256 nan = _mm256_set1_ps(kQuietNan);
+    a = _mm256_blendv_ps(a, nan, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    b = _mm256_blendv_ps(b, nan, _mm256_cmp_ps(b, b, _CMP_UNORD_Q));
+  }
 }
 
 AVX2_INLINE __m256i add(__m256i a, int b) { return _mm256_add_epi32(a, _mm256_set1_epi32(b)); }
@@ -77,9 +81,11 @@ struct BFloat16 {
   }
 #ifdef X86_DISPATCH
   static AVX2_INLINE __m256 load8(const uint16_t* p) { return _mm256_castsi256_ps(load_high_halves(p)); }
-  static AVX2_INLINE void store16(uint16_t* p, __m256 a, __m256 b) { store_low_halves(p, round(a), round(b)); }
-  static AVX2_INLINE __m256i round(__m256 value) {
-    const __m256i bits = bits_with_one_nan(value);
+  static AVX2_INLINE void store16(uint16_t* p, __m256 a, __m256 b) {
+    make_one_nan(a, b);
+    store_low_halves(p, round(_mm256_castps_si256(a)), round(_mm256_castps_si256(b)));
+  }
+  static AVX2_INLINE __m256i round(__m256i bits) {
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     return _mm256_srli_epi32(add(_mm256_add_epi32(bits, odd), 0x7fff), 16);
   }
@@ -149,7 +155,8 @@ struct SplitMaster {  // split_master.py has the format and its reasons
     return _mm256_castsi256_ps(_mm256_add_epi32(load_high_halves(high + i), low_words));
   }
   AVX2_INLINE void store16(int64_t i, __m256 a, __m256 b) const {
-    const __m256i bits_a = bits_with_one_nan(a), bits_b = bits_with_one_nan(b), zero = _mm256_setzero_si256();
+    make_one_nan(a, b);
+    const __m256i bits_a = _mm256_castps_si256(a), bits_b = _mm256_castps_si256(b), zero = _mm256_setzero_si256();
     store_low_halves(high + i, _mm256_srli_epi32(add(bits_a, 0x8000), 16), _mm256_srli_epi32(add(bits_b, 0x8000), 16));
     store_low_halves(low + i, _mm256_blend_epi16(bits_a, zero, 0xaa), _mm256_blend_epi16(bits_b, zero, 0xaa));
   }

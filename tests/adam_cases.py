@@ -28,7 +28,7 @@ def make_special_tensors(form: str, grad_dtype: torch.dtype) -> AdamTensors:
         [0.0, -0.0, 1e-45, -1e-40, 6e-8, 1.0, -3.0, 65504.0, 65519.9, 65520.0, 3.4e38, inf, -inf, nan]
     )
     moments = torch.tensor([0.0, 1e-45, 1e-39, 1.0, 3e38, inf])
-    # A GPU's NaN, whose halves are 0 and -1 once they are rounded as if it were a number.
+    # A GPU's NaN, which would become -0 if it were rounded as if it were a number.
     moments = torch.cat([moments, torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)])
     # By index, since a copy of floats might not keep the bits of a NaN.
     grid = torch.cartesian_prod(*(torch.arange(len(axis)) for axis in (values, values, moments, moments)))

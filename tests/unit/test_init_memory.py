@@ -97,4 +97,4 @@ def test_starting_and_saving_never_hold_a_second_copy(folder: Path, precision, p
     # A chunk that goes to the host, or to bfloat16, is whole once beside what is left of it.
     assert measured["init_peak"] <= measured["init_left"] + block + tensor + slack, measured
     assert measured["export_peak"] <= 2 * block + slack, measured  # the block that is written, and the next one
-    assert measured["save_peak"] <= tensor + slack, measured
+    assert measured["save_peak"] <= 2 * tensor + slack, measured  # a tensor in float32, and the halves that it is of
