@@ -7,7 +7,7 @@
 The entries take turns, round after round, in one run, and a ratio is always that of two readings of one round. GB/s
 counts the bytes that the update has to move: of a split master 26 a parameter (weight, remainder and both moments read
 and written, a bfloat16 gradient read), of a float32 weight 28. What an entry moves besides, casts and temporaries, is
-its own loss. `copy` is the floor: what the memory gives to a plain copy.
+its own loss. `scale in place` is the floor: what the memory gives to the simplest pass that reads and writes.
 """
 
 import argparse
@@ -35,6 +35,9 @@ CUDA_CALLS = 20  # timed together, since one call is as short as its launch
 # No power of two: tensors that lie 2 ** 27 bytes and a page apart, as malloc places 2 ** 25 float32, halve the speed of
 # every entry, because the same element of each competes for one place in the caches and one bank of the memory.
 NUMEL = 30_000_000
+
+# Before each reading: OpenMP's idle threads spin for some milliseconds, those of the peer's process on our cores.
+PAUSE_S = 0.05
 
 # Of parameters/s on the CPU, entry over peer.
 BARS = (
@@ -82,7 +85,8 @@ def adam_entries(args: argparse.Namespace) -> list[Entry]:
     def moments():
         return torch.zeros_like(master), torch.zeros_like(master)
 
-    split = AdamTensors(*_halves_last(split_master(master), grad, moments()))
+    high, low = split_master(master)
+    split = AdamTensors(high, grad, *moments(), remainder=low)
     whole = AdamTensors(master.clone(), grad.float(), *moments())
     fused = (master.clone(), grad.float(), *moments(), torch.full((), 3.0, device=args.device))
     parameter = torch.nn.Parameter(master)
@@ -134,11 +138,6 @@ def adam_entries(args: argparse.Namespace) -> list[Entry]:
     ]
 
 
-def _halves_last(halves, grad, moments) -> tuple:
-    weight, remainder = halves
-    return weight, grad, *moments, remainder
-
-
 def bandwidth_entries(args: argparse.Namespace) -> list[Entry]:
     source = torch.randn(args.numel, device=args.device)
     target, half = torch.zeros_like(source), source.to(torch.bfloat16)
@@ -147,7 +146,8 @@ def bandwidth_entries(args: argparse.Namespace) -> list[Entry]:
         return Entry(name, bytes_per_element, stopwatch(update, args.device), note)
 
     return [
-        entry("copy", 8, lambda: target.copy_(source), "the floor: fp32 to fp32"),
+        entry("scale in place", 8, lambda: target.mul_(1.0), "the floor: fp32, each line read and written once"),
+        entry("copy", 8, lambda: target.copy_(source), "fp32; a CPU also reads the lines that it writes"),
         entry("megalith sum of squares fp32", 4, lambda: sum_of_squares(source), "in float64"),
         entry("megalith sum of squares bf16", 2, lambda: sum_of_squares(half), "in float64"),
         entry("torch norm fp32", 4, lambda: torch.linalg.vector_norm(source), "in float32"),
@@ -226,6 +226,7 @@ def take_turns(entries: list[Entry], rounds: int) -> dict[str, list[float]]:
         entry.seconds()
     for _ in range(rounds):
         for entry in entries:
+            time.sleep(PAUSE_S)
             readings[entry.name].append(entry.seconds())
     return readings
 

@@ -6,7 +6,7 @@ from . import native
 from .adam_step import AdamHyper, AdamTensors
 from .reference import adam_reference_
 
-_BLOCK_NUMEL = 1 << 15  # with its temporaries about 1 MiB
+_BLOCK_NUMEL = 1 << 18  # the fastest: temporaries stay in the last cache, and every operation has work for all threads
 
 
 def cpu_adam_(tensors: AdamTensors, hyper: AdamHyper, factor: Tensor, found_inf: Tensor) -> None:

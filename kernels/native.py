@@ -33,7 +33,7 @@ def library() -> ctypes.CDLL | None:
             break
     else:
         warnings.warn(
-            "megalith's compiled CPU kernels are absent, so its CPU optimizer runs on torch operations, several times "
+            "megalith's compiled CPU kernels are absent, so its CPU optimizer runs on torch operations, ten times "
             "slower: install a C++ compiler with OpenMP and then megalith again",
             stacklevel=2,
         )
