@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .adam_step import AdamScalars, AdamTensors
 
-ABI = 1  # megalith_cpu_abi in cpu_adam.cpp
+ABI = 2  # megalith_cpu_abi in cpu_adam.cpp
 ISAS = ("baseline", "avx2", "avx512")  # in the order of Isa there
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of Dtype there
 _FLOAT32, _SPLIT, _MASTER = 0, 1, {torch.bfloat16: 2, torch.float16: 3}  # Form there
