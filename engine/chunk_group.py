@@ -55,11 +55,6 @@ class ChunkGroup:
         return not self.pins and not self.holders
 
     @property
-    def can_be_stale(self) -> bool:
-        """Whether `wait` is ever needed before the weights are used."""
-        return self.is_sharded or any(self._shares(chunk) for chunk in self.chunks)
-
-    @property
     def is_whole(self) -> bool:
         """The weights are there, or on their way."""
         return not self._stale

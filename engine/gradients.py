@@ -1,11 +1,9 @@
 """The life of one chunk's gradient, from autograd to the step.
 
 1. A parameter's gradient *lands*: it is copied into the chunk's local buffer [numel] and freed. Later micro-batches are
-added
-   there, in float32.
+   added there, in float32.
 2. The local buffer is *reduced* over the ranks, on the lane for collectives, into this rank's part [owned_numel], which
-is
-   moved to the tier of the optimizer state, and added to what earlier micro-batches left there.
+   is moved to the tier of the optimizer state, and added to what earlier micro-batches left there.
 3. The step takes that part, and it is gone.
 
 On one rank, with the optimizer state on the device, there is nothing to reduce and nowhere to go: a gradient is kept as

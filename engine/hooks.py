@@ -118,9 +118,7 @@ class Schedule:
     def reshard_all(self) -> None:
         """Before weights change."""
         self.check_idle()
-        for group in self.groups:
-            if group.is_sharded and group.is_whole:
-                group.reshard()
+        self.reshard_idle()
 
     def check_idle(self) -> None:
         """Raises RuntimeError where somebody reads weights, which are about to change."""
