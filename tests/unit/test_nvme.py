@@ -2,7 +2,6 @@
 
 import errno
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -395,21 +394,33 @@ def start_child(folder, then):
 
 def test_killed_and_raising_processes_leave_nothing_that_stays(tmp_path):
     """A live job's folder survives the starts and ends of others; that of a killed one goes with the next of those."""
-    (tmp_path / f"{PREFIX}notes").mkdir()
-    (tmp_path / f"{PREFIX}notes" / "mine.txt").write_text("not of this program")
+    notes = tmp_path / f"{PREFIX}notes"
+    notes.mkdir()
+    for name in (LOCK_NAME, "mine.txt"):
+        (notes / name).write_text("not of this program")
     own = NvmeStore(tmp_path, 0, SIZES)
-    (child, path), (raising, _) = start_child(tmp_path, "wait"), start_child(tmp_path, "raise")
+    (first, first_path), (second, second_path) = start_child(tmp_path, "wait"), start_child(tmp_path, "wait")
+    raising, _ = start_child(tmp_path, "raise")
     try:
         assert raising.wait(60) == 1
         NvmeStore(tmp_path, 2, SIZES).close()
-        assert os.path.exists(path) and os.path.exists(own.path)
-        assert len(os.listdir(tmp_path)) == 3
+        assert all(os.path.exists(path) for path in (first_path, second_path, own.path))
+        assert len(os.listdir(tmp_path)) == 4
+        first.kill()
+        first.wait()
+        assert os.path.exists(first_path)
+        other = NvmeStore(tmp_path, 2, SIZES)
+        assert os.path.exists(second_path) and not os.path.exists(first_path)
+        second.kill()
+        second.wait()
+        other.close()
+        assert os.path.exists(own.path) and not os.path.exists(second_path)
     finally:
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-    assert os.path.exists(path)
-    own.close()
-    assert os.listdir(tmp_path) == [f"{PREFIX}notes"]
+        for child in (first, second):
+            child.kill()
+            child.wait()
+        own.close()
+    assert os.listdir(tmp_path) == [notes.name] and len(os.listdir(notes)) == 2
 
 
 def test_a_store_that_is_forgotten_is_removed(tmp_path):
