@@ -1,0 +1,111 @@
+"""Log-probabilities of given tokens, without logits of a whole batch.
+
+The model is run to its last hidden states, and its head is applied to the tokens that are asked for, a chunk of them at
+a time: logits of [B, T, V] never exist. In the backward pass a chunk's logits are computed again. PPO, GRPO, DPO and
+evaluation all read log-probabilities here, so that what is compared was computed by the same operations.
+
+B: batch, T: tokens, H: hidden size, V: vocabulary, N: scored tokens.
+"""
+
+import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_NUMEL = 2**24
+"""Logits that are alive at once, in elements: 64 MiB in float32."""
+
+# Some families change the head's output in their own forward. Left out silently, that would be another distribution.
+_LOGIT_RULES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
+
+
+def decoder_and_head(model):
+    """The parts of a causal language model of transformers: (what gives hidden states, the head that gives logits).
+
+    `model` may be wrapped by PEFT. Raises ValueError for a model that has no such parts, or whose forward does more to
+    the logits than its head.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder, head = causal.base_model, causal.get_output_embeddings()
+    if head is None or decoder is causal:
+        raise ValueError(f"{type(causal).__name__} has no language-model head on a base model")
+    for name, neutral in _LOGIT_RULES.items():
+        value = getattr(causal.config, name, neutral)
+        if value not in (None, neutral):
+            raise ValueError(f"{type(causal).__name__} has {name}={value}, which its head alone does not apply")
+    return decoder, head
+
+
+def hidden_states(decoder, input_ids, attention_mask=None, position_ids=None):
+    """Last hidden states [B, T, H] of a base model; input_ids int64 [B, T].
+
+    Rows that are padded on the right need no mask: attention is causal, so no token sees what follows it.
+    """
+    given = {"attention_mask": attention_mask, "position_ids": position_ids}
+    given = {name: value for name, value in given.items() if value is not None}
+    return decoder(input_ids=input_ids, use_cache=False, **given).last_hidden_state
+
+
+def token_logprobs(
+    model,
+    input_ids,
+    scored,
+    *,
+    temperature=1.0,
+    attention_mask=None,
+    position_ids=None,
+    most_scored=None,
+):
+    """Return (logprobs, entropy), both float32 [B, T]: at [b, t], log p(input_ids[b, t] | input_ids[b, :t]) and the
+    entropy of that distribution, in nats, where `scored[b, t]`; 0 elsewhere.
+
+    p = softmax(logits / temperature), in float32 whatever the model computes in. Gradients flow through the
+    log-probabilities; the entropy is for logs and has none.
+
+    Args:
+        input_ids: int64 [B, T], padded on the right (or on the left, with attention_mask and position_ids).
+        scored: bool [B, T], the tokens to score. The first of a row has nothing before it and cannot be one.
+        most_scored: the number of scored tokens on the rank that has most. Ranks that share weights have to apply the
+            head equally often; without it, the ranks are asked.
+    """
+    decoder, head = decoder_and_head(model)
+    if scored[:, 0].any():
+        raise ValueError("the first token of a row cannot be scored: nothing comes before it")
+    hidden = hidden_states(decoder, input_ids, attention_mask, position_ids)
+    chosen = hidden[:, :-1][scored[:, 1:]]  # [N, H]; position t of the logits predicts token t + 1
+    targets = input_ids[scored]  # [N]
+    tokens_a_chunk = max(1, CHUNK_NUMEL // head.weight.shape[0])
+    chunk_count = max(1, -(-_most(len(targets), most_scored, hidden.device) // tokens_a_chunk))
+    pieces = [
+        checkpoint(_chunk_logprobs, head, h, ids, temperature, use_reentrant=False)
+        if torch.is_grad_enabled()
+        else _chunk_logprobs(head, h, ids, temperature)
+        for h, ids in zip(chosen.tensor_split(chunk_count), targets.tensor_split(chunk_count), strict=True)
+    ]
+    logprobs, entropy = (torch.cat(column) for column in zip(*pieces, strict=True))
+    blank = logprobs.new_zeros(scored.shape)
+    return blank.masked_scatter(scored, logprobs), blank.masked_scatter(scored, entropy)
+
+
+def _chunk_logprobs(head, hidden, targets, temperature):
+    """hidden [n, H], targets [n] -> log-probabilities and entropies, float32 [n]."""
+    logits = head(hidden).float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    normaliser = logits.logsumexp(-1)
+    logprobs = logits.gather(-1, targets[:, None])[:, 0] - normaliser
+    with torch.no_grad():  # last, so that the recomputation ends before it
+        entropy = normaliser - (logits * (logits - normaliser[:, None]).exp()).sum(-1)
+    return logprobs, entropy
+
+
+def _most(count, most_scored, device):
+    """The largest `count` of all ranks."""
+    if most_scored is not None:
+        if count > most_scored:
+            raise ValueError(f"most_scored={most_scored}, but this rank has {count} scored tokens")
+        return most_scored
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return count
+    most = torch.tensor(count, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)
