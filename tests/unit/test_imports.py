@@ -2,6 +2,7 @@
 included."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -55,3 +56,10 @@ def test_files_of_the_engine_import_each_other_without_cycles():
         assert free, f"a cycle among {sorted(waiting)}"
         for stem in free:
             del waiting[stem]
+
+
+def test_transformers_is_imported_from_the_repository_s_root():
+    """It looks for a package called `kernels`, and finds ours there."""
+    command = [sys.executable, "-c", "import megalith.kernels; from transformers import LlamaConfig"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
