@@ -14,6 +14,7 @@ import torch
 
 from ..kernels import join_master, split_master
 from .config import EngineConfig, Precision
+from .lanes import Event
 from .layout import ChunkSpec, Slot
 from .tiers import Payload, Storage, Tier
 
@@ -140,8 +141,17 @@ class Chunk:
         self.host_grad: torch.Tensor | None = (
             None  # 1D [owned_numel], where gradients land when the state is on the host
         )
+        self.pending: Event | None = None
+        """An update that `step()` has published: until then, weight and state at rest are those of the step before."""
         if spec.trainable:
             self._allocate_state()
+
+    def settle(self) -> None:
+        """Wait for the update that is pending: before weight or state at rest are read or written. Raises what the
+        update raised."""
+        if self.pending is not None:
+            self.pending.wait()  # what it writes on the host is written by then
+            self.pending = None
 
     def _allocate_state(self) -> None:
         tier, numel = self.placement.optimizer_tier, self.placement.owned_numel
@@ -192,6 +202,7 @@ class Chunk:
     def load_owned_master(self, values: torch.Tensor, part: slice = slice(None)) -> None:
         """Take weight and master of the owned elements in `part` from full-precision values. Of a chunk that is neither
         sharded nor wholly owned, the caller gathers the rest."""
+        self.settle()
         if self.remainder is not None:
             weight, remainder = self.weight.data[part], self.remainder[part]
             if values.device == weight.device == remainder.device:
@@ -207,6 +218,7 @@ class Chunk:
 
     def values_of(self, payload: str, part: slice) -> torch.Tensor:
         """The owned elements in `part` of "weight", "master" (float32, full precision), "exp_avg" or "exp_avg_sq"."""
+        self.settle()
         if payload != "master":
             return getattr(self, payload)[part]
         if self.remainder is not None:

@@ -73,13 +73,18 @@ class ChunkGroup:
             if chunk.state is ShardState.SHARDED:
                 chunk.allocate_full()
         label = f"unshard {self.name}"
-        copied = self._copy_lane.submit(lambda: _copy_in(from_host), label) if from_host else None
+        copied = None
+        if from_host:
+            updates = _updates(from_host)
+            copied = self._copy_lane.submit(lambda: _copy_in(from_host, updates), label)
+        from_device = [chunk for chunk in stale if chunk.placement.weight_tier is Tier.DEVICE]
+        device_updates = _updates(from_device)
 
         def work() -> None:
             with torch.profiler.record_function(f"megalith::{label}"):
                 if copied is not None:
                     copied.wait()
-                _copy_in([chunk for chunk in stale if chunk.placement.weight_tier is Tier.DEVICE])
+                _copy_in(from_device, device_updates)
                 for chunk in stale:
                     if self._shares(chunk):
                         all_gather_(chunk.full.data, self._group, chunk.index)
@@ -90,6 +95,8 @@ class ChunkGroup:
         if self._event is not None:
             self._event.wait()
             self._event = None
+        for chunk in self.chunks:  # one that is updated in place has no transfer that would wait for it
+            chunk.settle()
 
     def reshard(self) -> None:
         if not self.is_idle:
@@ -114,6 +121,12 @@ class ChunkGroup:
         return self._group.is_distributed and chunk.placement.owned_numel < chunk.spec.numel
 
 
-def _copy_in(chunks: list[Chunk]) -> None:
+def _updates(chunks: list[Chunk]) -> list[Event]:
+    return [chunk.pending for chunk in chunks if chunk.pending is not None]
+
+
+def _copy_in(chunks: list[Chunk], updates: list[Event]) -> None:
+    for update in updates:
+        update.wait()
     for chunk in chunks:
         chunk.copy_weight_in()

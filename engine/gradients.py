@@ -4,13 +4,14 @@
    added there, in float32.
 2. The local buffer is *reduced* over the ranks, on the lane for collectives, into this rank's part [owned_numel], which
    is moved to the tier of the optimizer state, and added to what earlier micro-batches left there.
-3. The step takes that part, and it is gone.
+3. The step takes that part, and it is gone: at once, or when the update that `step()` published has read it.
 
 On one rank, with the optimizer state on the device, there is nothing to reduce and nowhere to go: a gradient is kept as
 the tensor that autograd made.
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -129,8 +130,11 @@ class ChunkGradient:
         else:
             self._reduced = part if earlier is None else self._in_float32(earlier)
         target, first = self._reduced, earlier is None
+        update = self.chunk.pending  # reads what the last step's gradient left in `target`
 
         def work() -> None:
+            if update is not None:
+                update.wait()
             with torch.profiler.record_function(f"megalith::reduce {self.chunk.name}"):
                 if self._traffic.group.is_distributed:
                     collective = all_reduce if in_place else reduce_scatter
@@ -175,6 +179,18 @@ class ChunkGradient:
             values = [sum_of_squares(part.values) for part in parts]
             self._sum_of_squares = torch.cat(values).sum() if values else 0.0
         return self._sum_of_squares
+
+    def hand_over(self) -> tuple[list[GradientPart], Callable[[], None]]:
+        """The parts, for an update on a lane, and what to call when it is done with them."""
+        parts, reduced = self.parts(), self._reduced
+        self._reduced = None
+        self._sum_of_squares = None
+
+        def release() -> None:
+            if reduced is not self.chunk.host_grad:
+                self._traffic.ledger.add(Tier.HOST, Payload.GRADIENT, -reduced.nbytes)
+
+        return parts, release
 
     def drop(self) -> None:
         """Forget everything, landed and reduced."""

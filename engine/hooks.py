@@ -277,6 +277,9 @@ class UnitHooks:
         self._forward_pin = f"forward of {unit.name}"
         self._backward_pin = f"backward of {unit.name}"
 
+    def __deepcopy__(self, memo: dict) -> "UnitHooks":
+        raise RuntimeError("a model that is sharded cannot be copied: copy it before initialize()")
+
     def register(self) -> list[torch.utils.hooks.RemovableHandle]:
         module = self._unit.module
         return [

@@ -128,6 +128,49 @@ class StreamLane:
         self._stream.synchronize()
 
 
+class IssuedEvent:
+    """The event of work that a thread issues on a stream: it can be ordered once the thread has come to it."""
+
+    def __init__(self, issued: ThreadEvent, event: torch.cuda.Event) -> None:
+        self._issued = issued
+        self._event = event
+
+    def wait(self) -> None:
+        self._issued.wait()
+        torch.cuda.current_stream().wait_event(self._event)
+
+    def synchronize(self) -> None:
+        self._issued.wait()
+        self._event.synchronize()
+
+
+class StreamThreadLane:
+    """A worker thread that issues its work on a CUDA stream of its own: for work that waits for what a thread does on
+    the host, so that the caller need not."""
+
+    def __init__(self, name: str, device: torch.device, delay: Callable[[], float] | None = None) -> None:
+        self.name = name
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._thread = ThreadLane(name, delay)
+
+    def submit(self, work: Callable[[], None], label: str) -> IssuedEvent:
+        before = torch.cuda.current_stream(self._device).record_event()
+        after = torch.cuda.Event()
+
+        def issue() -> None:
+            with torch.cuda.stream(self._stream):
+                self._stream.wait_event(before)
+                work()
+                after.record(self._stream)
+
+        return IssuedEvent(self._thread.submit(issue, label), after)
+
+    def close(self) -> None:
+        self._thread.close()
+        self._stream.synchronize()
+
+
 class DoneEvent:
     """The event of work that was done in place."""
 
@@ -157,5 +200,10 @@ def random_delay(seed: int, max_delay_s: float) -> Callable[[], float]:
     return lambda: generator.random() * max_delay_s
 
 
-def make_lane(name: str, device: torch.device, delay: Callable[[], float] | None = None) -> Lane:
-    return StreamLane(name, device) if device.type == "cuda" else ThreadLane(name, delay)
+def make_lane(
+    name: str, device: torch.device, delay: Callable[[], float] | None = None, waits_for_host: bool = False
+) -> Lane:
+    """`waits_for_host`: work on this lane waits for events of threads."""
+    if device.type != "cuda":
+        return ThreadLane(name, delay)
+    return StreamThreadLane(name, device, delay) if waits_for_host else StreamLane(name, device)

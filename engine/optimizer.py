@@ -3,19 +3,23 @@
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 
-from ..kernels import AdamHyper, fused_adam_
+from ..kernels import AdamHyper
 from .chunk import Chunk
 from .chunk_group import ChunkGroup
 from .collectives import RankGroup, sum_over_ranks
 from .config import EngineConfig, Precision
 from .gradients import ChunkGradient, GradientPart
 from .hooks import Schedule
+from .lanes import Lane
+from .layout import Slot
 from .loss_scaler import DynamicLossScaler
+from .tiers import Tier
+from .update import ChunkUpdate, Run, execute
 
 
 def read_adam_groups(optimizer: torch.optim.Optimizer) -> None:
@@ -37,22 +41,17 @@ def read_adam_groups(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Run:
-    """Owned elements [start, stop) of a chunk's shard that one kernel launch updates."""
-
-    start: int
-    stop: int
-    optimizer_group: int
-    step: int
-
-
 class ZeroOptimizer(torch.optim.Optimizer):
     """What `initialize` returns for an Adam or AdamW: the same groups, so that any LR scheduler takes it.
 
     `step()` consumes the gradients: it reduces what has not been reduced, clips by the global norm, updates what this
     rank owns where its state lies, and starts the gathering of what changed. A gradient that is not finite skips the
     step on every rank. As in torch, a parameter that got no gradient on any rank is left alone.
+
+    Chunks whose state is on the device are updated at once. For the others `step()` fixes the factor and the
+    hyperparameters and returns: their updates run on a lane while the next forward pass computes, each before the first
+    use of its chunk. That also holds without clipping: whether a gradient is not finite, and the step to be skipped, is
+    known when all have been reduced and no sooner.
     """
 
     def __init__(
@@ -63,6 +62,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         rank_group: RankGroup,
         config: EngineConfig,
         model: torch.nn.Module,
+        lane: Lane,
     ) -> None:
         super().__init__([{"params": group["params"]} for group in user.param_groups], user.defaults)
         self.param_groups = user.param_groups  # the same dicts: a scheduler made before keeps working
@@ -74,6 +74,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._rank_group = rank_group
         self._config = config
         self._model = model
+        self._lane = lane
         self._trainable = {parameter for parameter in model.parameters() if parameter.requires_grad}
         self.scaler = (
             DynamicLossScaler(config.loss_scale or 2.0**16) if config.precision == Precision.FP16.value else None
@@ -201,47 +202,37 @@ class ZeroOptimizer(torch.optim.Optimizer):
                     self._schedule.refresh(group)
 
     def _update_chunk(self, gradient: ChunkGradient, touched: set[str], factor: float) -> None:
+        """Now, or where the state is on the host, on its lane: whoever uses the chunk next waits for it."""
         chunk = gradient.chunk
-        device = chunk.exp_avg.device
-        weight = chunk.weight.data.to(device)  # the same tensor where weight and state are on one device
-        values = torch.tensor([factor, 0.0], dtype=torch.float32, device=device)
-        with torch.profiler.record_function(f"megalith::adam {chunk.name}"):
-            for part in gradient.parts():
-                for run in self._runs(chunk, touched, part):
-                    owned = slice(run.start, run.stop)
-                    fused_adam_(
-                        weight[owned],
-                        part.values[run.start - part.start : run.stop - part.start],
-                        chunk.exp_avg[owned],
-                        chunk.exp_avg_sq[owned],
-                        self._hyper(run),
-                        factor=values[:1],
-                        found_inf=values[1:],
-                        remainder=None if chunk.remainder is None else chunk.remainder[owned],
-                        master=None if chunk.master is None else chunk.master[owned],
-                    )
-        if weight.data_ptr() != chunk.weight.data_ptr():
-            chunk.weight.data.copy_(weight)
+        if chunk.placement.optimizer_tier is Tier.DEVICE:
+            execute(ChunkUpdate(chunk, list(self._runs(chunk, touched, gradient.parts())), factor))
+            return
+        parts, release = gradient.hand_over()
+        update = ChunkUpdate(chunk, list(self._runs(chunk, touched, parts)), factor)
 
-    def _runs(self, chunk: Chunk, touched: set[str], part: GradientPart) -> Iterator[Run]:
-        """The owned slots in `part` of the gradient, cut where the group, the step number or being touched changes."""
-        run: Run | None = None
-        for owned in chunk.owned_slots():
-            fqn, group = owned.slot.fqn, owned.slot.optimizer_group
-            if fqn not in touched or not part.start <= owned.shard_start < part.stop:
-                continue
-            step = self.steps_taken[fqn]
-            if run is not None and (run.stop, run.optimizer_group, run.step) == (owned.shard_start, group, step):
-                run = Run(run.start, owned.shard_stop, group, step)
-                continue
-            if run is not None:
-                yield run
-            run = Run(owned.shard_start, owned.shard_stop, group, step)
-        if run is not None:
-            yield run
+        def work() -> None:
+            execute(update)
+            release()
 
-    def _hyper(self, run: Run) -> AdamHyper:
-        group = self.param_groups[run.optimizer_group]
+        chunk.settle()
+        chunk.pending = self._lane.submit(work, f"update {chunk.name}")
+
+    def _runs(self, chunk: Chunk, touched: set[str], parts: list[GradientPart]) -> Iterator[Run]:
+        """The owned slots, cut where the part of the gradient, the group, the step number or being touched changes."""
+        for part in parts:
+            slots = [o for o in chunk.owned_slots() if part.start <= o.shard_start < part.stop]
+            for (is_touched, group, step), same in groupby(slots, lambda owned: self._kind(owned.slot, touched)):
+                same = list(same)
+                if is_touched:
+                    start, stop = same[0].shard_start, same[-1].shard_stop
+                    values = part.values[start - part.start : stop - part.start]
+                    yield Run(start, stop, values, self._hyper(group, step))
+
+    def _kind(self, slot: Slot, touched: set[str]) -> tuple[bool, int, int]:
+        return slot.fqn in touched, slot.optimizer_group, self.steps_taken[slot.fqn]
+
+    def _hyper(self, index: int, step: int) -> AdamHyper:
+        group = self.param_groups[index]
         beta1, beta2 = (float(beta) for beta in group["betas"])
         return AdamHyper(
             lr=float(group["lr"]),
@@ -249,8 +240,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             beta2=beta2,
             eps=float(group["eps"]),
             weight_decay=float(group["weight_decay"]),
-            decoupled=bool(self._decoupled[run.optimizer_group]),
-            step=run.step,
+            decoupled=bool(self._decoupled[index]),
+            step=step,
         )
 
     def _gradients(self) -> Iterator[ChunkGradient]:

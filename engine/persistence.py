@@ -143,8 +143,8 @@ def _load_chunk(chunk: Chunk, saved: checkpoint_files.Checkpoint) -> None:
         saved.fill("master" if saved.holds("master", fqn) else "weight", fqn, owned.start, values)
         chunk.load_owned_master(values, part)
         if chunk.spec.trainable:
-            saved.fill("exp_avg", fqn, owned.start, chunk.exp_avg[part])
-            saved.fill("exp_avg_sq", fqn, owned.start, chunk.exp_avg_sq[part])
+            for payload in ("exp_avg", "exp_avg_sq"):
+                saved.fill(payload, fqn, owned.start, chunk.values_of(payload, part))
 
 
 def _whole_weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:

@@ -118,8 +118,10 @@ def initialize(
 
     offloads = any(Tier.HOST in (placement.weight_tier, placement.optimizer_tier) for placement in placements)
     moves = rank_group.is_distributed or offloads
-    lane = make_lane("transfers", device, lane_delay) if moves else InlineLane("transfers")
-    copy_lane = make_lane("copies", device, lane_delay) if offloads else InlineLane("copies")
+    updates = any(placement.optimizer_tier is Tier.HOST for placement in placements)
+    lane = make_lane("transfers", device, lane_delay, updates) if moves else InlineLane("transfers")
+    copy_lane = make_lane("copies", device, lane_delay, updates) if offloads else InlineLane("copies")
+    update_lane = make_lane("updates", device, lane_delay, updates) if updates else InlineLane("updates")
     traffic = GradientTraffic(rank_group, lane, BufferPool(storage, Payload.GRADIENT), ledger)
 
     loader = _WeightLoader(model, folder, config, rank_group, device)
@@ -142,11 +144,11 @@ def initialize(
     _register_hooks(model, parts, groups, schedule, config)
     zero_optimizer = None
     if optimizer is not None:
-        zero_optimizer = ZeroOptimizer(optimizer, groups, schedule, rank_group, config, model)
+        zero_optimizer = ZeroOptimizer(optimizer, groups, schedule, rank_group, config, model, update_lane)
     engine = Engine(model, zero_optimizer, config, layout, groups, schedule, rank_group, ledger)
     for module in model.modules():
         module.__dict__[_ENGINE_ATTRIBUTE] = engine
-    weakref.finalize(model, _close, [lane, copy_lane])
+    weakref.finalize(model, _close, [lane, copy_lane, update_lane])
     return model, zero_optimizer
 
 

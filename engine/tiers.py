@@ -1,6 +1,7 @@
 """Tiers of memory, the ledger of what is stored on each, and the host's slabs."""
 
 import mmap
+import threading
 import weakref
 from collections import Counter
 from enum import Enum
@@ -34,9 +35,11 @@ class OutOfBudgetError(MemoryError):
 
 
 class Ledger:
-    """Bytes stored by tier and payload, now and at most. Counts what the engine allocates, to the byte."""
+    """Bytes stored by tier and payload, now and at most. Counts what the engine allocates, to the byte. Lanes enter
+    what they free."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._now: Counter[tuple[Tier, Payload]] = Counter()
         self._peak: Counter[tuple[Tier, Payload]] = Counter()
         self._tier_peak: Counter[Tier] = Counter()
@@ -44,13 +47,14 @@ class Ledger:
     def add(self, tier: Tier, payload: Payload, nbytes: int) -> None:
         """`nbytes` is negative when storage is freed. Raises RuntimeError when more is freed than was stored."""
         key = (tier, payload)
-        self._now[key] += nbytes
-        if self._now[key] < 0:
-            raise RuntimeError(
-                f"ledger: {-self._now[key]} bytes more of {payload.value} freed than stored on {tier.value}"
-            )
-        self._peak[key] = max(self._peak[key], self._now[key])
-        self._tier_peak[tier] = max(self._tier_peak[tier], self.tier_bytes(tier))
+        with self._lock:
+            self._now[key] += nbytes
+            if self._now[key] < 0:
+                raise RuntimeError(
+                    f"ledger: {-self._now[key]} bytes more of {payload.value} freed than stored on {tier.value}"
+                )
+            self._peak[key] = max(self._peak[key], self._now[key])
+            self._tier_peak[tier] = max(self._tier_peak[tier], self.tier_bytes(tier))
 
     def tier_bytes(self, tier: Tier) -> int:
         return sum(self._now[tier, payload] for payload in Payload)
