@@ -21,7 +21,7 @@ def gptq_dequantize(weight: GptqWeight, dtype: torch.dtype) -> Tensor:
     """
     if dtype not in _ACTIVATIONS:
         raise ValueError(f"dtype is {dtype}, but gptq_dequantize makes {', '.join(map(str, _ACTIVATIONS))}")
-    return torch.ops.megalith.gptq_dequantize(
+    return _operators.gptq_dequantize(
         weight.qweight,
         weight.scales,
         weight.zeros,
@@ -46,7 +46,7 @@ def gptq_matmul(x: Tensor, weight: GptqWeight) -> Tensor:
         raise ValueError(f"x has shape {list(x.shape)}, but the weight takes {weight.in_features} input features")
     if x.device != weight.qweight.device:
         raise ValueError(f"x is on {x.device}, but the weight on {weight.qweight.device}")
-    return torch.ops.megalith.gptq_matmul(
+    return _operators.gptq_matmul(
         x,
         weight.qweight,
         weight.scales,
@@ -105,18 +105,22 @@ def _save_for_backward(ctx, inputs, output):
 
 def _matmul_backward(ctx, grad):
     """d(x @ W) / dx; the weight is constant."""
-    dense = torch.ops.megalith.gptq_dequantize(*ctx.saved_tensors, *ctx.numbers, grad.dtype)
+    dense = _operators.gptq_dequantize(*ctx.saved_tensors, *ctx.numbers, grad.dtype)
     return (grad @ dense.T, *[None] * 8)
 
 
-_library = torch.library.Library("megalith", "DEF")
+# "megalith". From the repository's root, transformers imports this folder a second time, as the package `kernels` that
+# it looks for, and a namespace can be defined once alone.
+_namespace = __name__.partition(".")[0]
+_operators = getattr(torch.ops, _namespace)
+_library = torch.library.Library(_namespace, "DEF")
 _library.define(f"gptq_dequantize({_TENSORS}, {_NUMBERS}, ScalarType dtype) -> Tensor")
 _library.define(f"gptq_matmul(Tensor x, {_TENSORS}, Tensor? bias, {_NUMBERS}) -> Tensor")
 for _key in ("CPU", "CUDA"):
     _library.impl("gptq_dequantize", _dequantize, _key)
     _library.impl("gptq_matmul", _matmul, _key)
-torch.library.register_fake("megalith::gptq_dequantize", _fake_dequantize, lib=_library)
-torch.library.register_fake("megalith::gptq_matmul", _fake_matmul, lib=_library)
+torch.library.register_fake(f"{_namespace}::gptq_dequantize", _fake_dequantize, lib=_library)
+torch.library.register_fake(f"{_namespace}::gptq_matmul", _fake_matmul, lib=_library)
 torch.library.register_autograd(
-    "megalith::gptq_matmul", _matmul_backward, setup_context=_save_for_backward, lib=_library
+    f"{_namespace}::gptq_matmul", _matmul_backward, setup_context=_save_for_backward, lib=_library
 )
