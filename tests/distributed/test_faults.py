@@ -20,7 +20,9 @@ PROMISED_S = 30
 
 def _start(family="llama", seed=0, timeout_s=60, **options):
     model = make_model(family, seed=seed, num_hidden_layers=3)
-    return engine.initialize(model, torch.optim.AdamW(model.parameters(), lr=1e-2), timeout_s=timeout_s, **options)
+    return engine.initialize(
+        model, torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-6), timeout_s=timeout_s, **options
+    )
 
 
 def _step(model, optimizer, rank, world_size, seed=0):
@@ -171,7 +173,7 @@ def _run_orders(rank, world_size):
     for orders in (((0, 1, 2, 3), (3, 2, 1, 0)), ((0, 1, 2, 3), (0, 2, 3))):
         torch.manual_seed(0)
         model = Chain()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-6)
         model, optimizer = engine.initialize(model, optimizer, zero_stage=3, timeout_s=3, prefetch=0)
         x = torch.randn(2, 8)
         for _ in range(2):
@@ -321,7 +323,7 @@ def test_a_sub_group_trains_while_other_ranks_stay_away():
     first, outsider, third = run_ranks(3, _in_a_sub_group)
     assert outsider is None
     model = make_model("llama", num_hidden_layers=3)
-    initial, optimizer = weights_of(model), torch.optim.AdamW(model.parameters(), lr=1e-2)
+    initial, optimizer = weights_of(model), torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-6)
     for step in range(3):
         rows = batches(1, seed=step)[0]
         model(input_ids=rows, labels=rows).loss.backward()
