@@ -15,7 +15,8 @@ PACKAGES = ["engine", "kernels", "rlhf", "bench"]
 # -ffp-contract=off: a fused multiply-add would round once where the Triton twin rounds twice.
 cpu_kernels = Extension(
     "megalith.kernels._cpu",
-    sources=[os.path.join("kernels", "cpu_adam.cpp")],
+    sources=[os.path.join("kernels", name) for name in ("cpu_adam.cpp", "cpu_gptq.cpp")],
+    depends=[os.path.join("kernels", "cpu_common.h")],
     extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
     extra_link_args=["-fopenmp"],
     language="c++",
@@ -30,7 +31,7 @@ setup(
     python_requires=">=3.11",
     packages=[f"megalith.{name}" for name in PACKAGES],
     package_dir={f"megalith.{name}": name for name in PACKAGES},
-    package_data={"megalith.kernels": ["*.cpp"]},
+    package_data={"megalith.kernels": ["*.cpp", "*.h"]},
     ext_modules=[cpu_kernels] if platform.system() == "Linux" else [],
     install_requires=[
         "torch>=2.11",

@@ -62,10 +62,8 @@ def gptq_matmul(x: Tensor, weight: GptqWeight) -> Tensor:
 def _dequantize(qweight, scales, zeros, perm, bits, group_size, in_features, dtype):
     weight = GptqWeight(qweight, scales, zeros, perm, None, bits, group_size, in_features)
     out = torch.empty(in_features, weight.out_features, dtype=dtype, device=qweight.device)
-    _implementation(qweight).dequantize_(weight, out, slice(0, weight.out_features))
-    if perm is None:
-        return out
-    return torch.empty_like(out).index_copy_(0, perm.long(), out)
+    _implementation(qweight).dequantize_(weight, out, first_column=0)
+    return out
 
 
 def _matmul(x, qweight, scales, zeros, perm, bias, bits, group_size, in_features):

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels (cpu_adam.cpp): found beside this file, loaded with ctypes, called with raw pointers.
+"""The compiled CPU kernels (cpu_*.cpp): found beside this file, loaded with ctypes, called with raw pointers.
 
 ctypes releases the interpreter's lock during a call, so that other lanes go on meanwhile.
 """
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .adam_step import AdamScalars, AdamTensors
+from .gptq_weight import GptqWeight
 
-ABI = 2  # megalith_cpu_abi in cpu_adam.cpp
+ABI = 3  # megalith_cpu_abi in cpu_adam.cpp
 ISAS = ("baseline", "avx2", "avx512")  # in the order of Isa there
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of Dtype there
 _FLOAT32, _SPLIT, _MASTER = 0, 1, {torch.bfloat16: 2, torch.float16: 3}  # Form there
@@ -45,6 +46,11 @@ def library() -> ctypes.CDLL | None:
     loaded.megalith_cpu_adam.argtypes = (
         [integer] * 2 + [pointer] * 6 + [int64, ctypes.POINTER(_Scalars)] + [integer] * 3
     )
+    gptq = [integer, pointer, pointer, integer, pointer]
+    loaded.megalith_cpu_gptq_dequantize.argtypes = (
+        gptq + [pointer] + [int64] * 3 + [integer, pointer] + [int64] * 2 + [integer] * 2
+    )
+    loaded.megalith_cpu_gptq_matmul.argtypes = gptq + [int64] * 3 + [pointer] * 2 + [int64] * 2 + [integer] * 2
     loaded.megalith_cpu_sum_of_squares.argtypes = [integer, pointer, int64, pointer, integer, integer]
     return loaded
 
@@ -82,6 +88,54 @@ def sum_of_squares(x: Tensor, isa: str) -> Tensor:
         _DTYPES.index(x.dtype), x.data_ptr(), x.numel(), total.data_ptr(), _isa_number(isa), torch.get_num_threads()
     )
     return total
+
+
+def gptq_dequantize_(weight: GptqWeight, out: Tensor, first_column: int, isa: str) -> None:
+    """Write the columns from `first_column` on to contiguous CPU `out` [K, n], its rows in the order of the input."""
+    library().megalith_cpu_gptq_dequantize(
+        *_gptq_arguments(weight),
+        None if weight.perm is None else weight.perm.data_ptr(),
+        weight.in_features,
+        weight.out_features,
+        weight.group_size,
+        _DTYPES.index(out.dtype),
+        out.data_ptr(),
+        first_column,
+        out.shape[1],
+        _isa_number(isa),
+        torch.get_num_threads(),
+    )
+
+
+def gptq_matmul(x: Tensor, weight: GptqWeight, width: int, isa: str) -> Tensor:
+    """Contiguous float32 CPU x [M, K], in the order of the stored rows, times the weight without its bias: [M, N].
+
+    The weight has 2, 4 or 8 bits, and one group or groups of whole words. `width` columns are worked on at a time.
+    """
+    y = torch.empty(len(x), weight.out_features)
+    library().megalith_cpu_gptq_matmul(
+        *_gptq_arguments(weight),
+        weight.in_features,
+        weight.out_features,
+        weight.group_size,
+        x.data_ptr(),
+        y.data_ptr(),
+        len(x),
+        width,
+        _isa_number(isa),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def _gptq_arguments(weight: GptqWeight) -> tuple:
+    return (
+        weight.bits,
+        weight.qweight.data_ptr(),
+        weight.scales.data_ptr(),
+        weight.scales.dtype == torch.float16,
+        None if weight.zeros is None else weight.zeros.data_ptr(),
+    )
 
 
 def _isa_number(isa: str) -> int:
