@@ -2,9 +2,12 @@
 //
 // qweight is [word rows, N] with the codes of one input row spread over the columns, so every loop runs over columns:
 // the weight streams through once, in order, and sums wait in the cache. No result depends on the number of threads,
-// which cut the columns. The sums of AVX2 and AVX-512 use fused multiply-adds, the baseline's do not.
+// which cut the columns; it may depend on the instruction set.
 
-#include <cmath>
+// Unlike Adam's, these sums have no twin to be equal to, so products and sums may fuse where the target can.
+#pragma GCC optimize("fp-contract=fast")
+
+#include <type_traits>
 #include <vector>
 
 #include "cpu_common.h"
@@ -74,34 +77,81 @@ ALWAYS_INLINE void dequantize_loop(const Gptq& w, const int32_t* perm, void* out
 
 // ---- multiply ----
 
-template <bool kFused>
-ALWAYS_INLINE float multiply_add(float a, float b, float c) {
-  return kFused ? __builtin_fmaf(a, b, c) : a * b + c;
-}
+// Vectors of kLanes float32, of which kMost are worked on together for one or two rows of x, and kFew for four: so many
+// that the sums stay in registers. GCC's vector extension lowers them to what the target has.
+template <int kLanesOfOne, int kMostTogether, int kFewTogether>
+struct Vectors {
+  static constexpr int kLanes = kLanesOfOne, kMost = kMostTogether, kFew = kFewTogether;
+  typedef float Floats __attribute__((vector_size(4 * kLanes), aligned(4)));
+  typedef int32_t Ints __attribute__((vector_size(4 * kLanes), aligned(4)));
+  typedef uint32_t Words __attribute__((vector_size(4 * kLanes), aligned(4)));
+};
 
-// sums[m][n] += x[m][k] * code[k][n] over the codes k of the word rows [first, last). x is [kRows, x_stride], padded to
-// whole words; sums is [kRows, width].
-template <bool kFused, int kBits, int kRows>
-ALWAYS_INLINE void add_products(const uint32_t* qweight, int64_t out_features, const float* x, int64_t x_stride,
-                                float* sums, int64_t width, int64_t first, int64_t last) {
+// sums[m][n] = sum of x[m][k] * code[k][n] over the codes k of `count` word rows, for kVectors vectors of columns.
+template <class V, int kBits, int kRows, int kVectors>
+ALWAYS_INLINE void block_products(const uint32_t* words, int64_t words_stride, const float* x, int64_t x_stride,
+                                  float* sums, int64_t sums_stride, int64_t count) {
   constexpr int kFields = 32 / kBits;
   constexpr int32_t kMask = (1 << kBits) - 1;
-  for (int64_t word = first; word < last; ++word) {
-    const uint32_t* words = qweight + word * out_features;
-    const float* x_word = x + word * kFields;
-#pragma omp simd
-    for (int64_t n = 0; n < width; ++n) {
-      const uint32_t codes = words[n];
-      float sum[kRows];
-      for (int m = 0; m < kRows; ++m) sum[m] = sums[m * width + n];
+  typename V::Floats sum[kRows][kVectors] = {};
+  for (int64_t word = 0; word < count; ++word, words += words_stride, x += kFields) {
+    typename V::Words codes[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      codes[v] = *reinterpret_cast<const typename V::Words*>(words + v * V::kLanes);
+      // The next block of this row: rows lie pages apart, where the processor does not look ahead. Harmless at the end.
+      __builtin_prefetch(words + (kVectors + v) * V::kLanes);
+    }
 #pragma GCC unroll 16
-      for (int j = 0; j < kFields; ++j) {
-        const float code = float(int32_t(codes >> (j * kBits)) & kMask);
-        for (int m = 0; m < kRows; ++m) sum[m] = multiply_add<kFused>(code, x_word[m * x_stride + j], sum[m]);
+    for (int j = 0; j < kFields; ++j) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const auto code = (typename V::Ints)(codes[v] >> (j * kBits)) & kMask;
+        const auto value = __builtin_convertvector(code, typename V::Floats);
+#pragma GCC unroll 4
+        for (int m = 0; m < kRows; ++m) sum[m][v] += value * x[m * x_stride + j];
       }
-      for (int m = 0; m < kRows; ++m) sums[m * width + n] = sum[m];
     }
   }
+  for (int m = 0; m < kRows; ++m)
+    for (int v = 0; v < kVectors; ++v)
+      *reinterpret_cast<typename V::Floats*>(sums + m * sums_stride + v * V::kLanes) = sum[m][v];
+}
+
+// The same for fewer columns than a block has, and one row of x.
+template <int kBits>
+ALWAYS_INLINE void tail_products(const uint32_t* words, int64_t words_stride, const float* x, float* sums,
+                                 int64_t columns, int64_t count) {
+  constexpr int kFields = 32 / kBits;
+  constexpr int32_t kMask = (1 << kBits) - 1;
+  std::fill(sums, sums + columns, 0.0f);
+  for (int64_t word = 0; word < count; ++word, words += words_stride, x += kFields)
+    for (int j = 0; j < kFields; ++j)
+      for (int64_t n = 0; n < columns; ++n) sums[n] += float(int32_t(words[n] >> (j * kBits)) & kMask) * x[j];
+}
+
+// The sums of one group, whose first word row is `words` and whose x starts at `x`: [rows, width].
+template <class V, int kBits>
+ALWAYS_INLINE void group_products(const uint32_t* words, int64_t words_stride, const float* x, int64_t x_stride,
+                                  int64_t rows, float* sums, int64_t width, int64_t count) {
+  constexpr int64_t kColumns = V::kLanes * V::kMost;
+  const int64_t whole = width / kColumns * kColumns;
+  for (int64_t n = 0; n < whole; n += kColumns) {
+    int64_t m = 0;
+    for (; m + 4 <= rows; m += 4)
+      for (int64_t at = n; at < n + kColumns; at += V::kLanes * V::kFew)
+        block_products<V, kBits, 4, V::kFew>(words + at, words_stride, x + m * x_stride, x_stride,
+                                             sums + m * width + at, width, count);
+    for (; m + 2 <= rows; m += 2)
+      block_products<V, kBits, 2, V::kMost>(words + n, words_stride, x + m * x_stride, x_stride, sums + m * width + n,
+                                            width, count);
+    for (; m < rows; ++m)
+      block_products<V, kBits, 1, V::kMost>(words + n, words_stride, x + m * x_stride, x_stride, sums + m * width + n,
+                                            width, count);
+  }
+  if (whole < width)
+    for (int64_t m = 0; m < rows; ++m)
+      tail_products<kBits>(words + whole, words_stride, x + m * x_stride, sums + m * width + whole, width - whole,
+                           count);
 }
 
 struct Product {
@@ -109,32 +159,27 @@ struct Product {
   const float* x;       // [M, x_stride]: zeros beyond K, so that the last word needs no care
   const float* x_sums;  // [M, G]: of each group's x
   float* y;             // [M, N]
-  int64_t rows, x_stride, groups, width;
+  int64_t rows, x_stride, groups;
 };
+
+constexpr int64_t kWidth = 1024;  // columns at a time, whose sums stay in the cache
 
 // y[m][n] = sum over groups of scale * (sum of x * code - zero * sum of x): scale and zero-point stay out of the loop
 // over codes. Columns [first, last).
-template <bool kFused, int kBits>
+template <class V, int kBits>
 ALWAYS_INLINE void multiply_loop(const Product& p, int64_t first, int64_t last) {
   constexpr int64_t kFields = 32 / kBits;
   const Gptq& w = p.w;
-  const int64_t word_rows = p.x_stride / kFields;
-  std::vector<float> sums(size_t(p.rows * p.width));
-  for (int64_t left = first; left < last; left += p.width) {
-    const int64_t width = std::min(p.width, last - left);
+  std::vector<float> sums(size_t(p.rows * kWidth));
+  for (int64_t left = first; left < last; left += kWidth) {
+    const int64_t width = std::min(kWidth, last - left);
     for (int64_t group = 0; group < p.groups; ++group) {
       const int64_t word = group * w.group_size / kFields;
-      const int64_t word_end = group + 1 < p.groups ? word + w.group_size / kFields : word_rows;
+      const int64_t word_end = group + 1 < p.groups ? word + w.group_size / kFields : p.x_stride / kFields;
+      group_products<V, kBits>(w.qweight + word * w.out_features + left, w.out_features, p.x + word * kFields,
+                               p.x_stride, p.rows, sums.data(), width, word_end - word);
       const int64_t at = group * w.out_features + left;
-      std::fill(sums.begin(), sums.end(), 0.0f);
-      int64_t m = 0;
-      for (; m + 4 <= p.rows; m += 4)
-        add_products<kFused, kBits, 4>(w.qweight + left, w.out_features, p.x + m * p.x_stride, p.x_stride,
-                                       sums.data() + m * width, width, word, word_end);
-      for (; m < p.rows; ++m)
-        add_products<kFused, kBits, 1>(w.qweight + left, w.out_features, p.x + m * p.x_stride, p.x_stride,
-                                       sums.data() + m * width, width, word, word_end);
-      for (m = 0; m < p.rows; ++m) {
+      for (int64_t m = 0; m < p.rows; ++m) {
         const float x_sum = p.x_sums[m * p.groups + group];
         const float* sum = sums.data() + m * width;
         float* y = p.y + m * w.out_features + left;
@@ -151,7 +196,7 @@ ALWAYS_INLINE void multiply_loop(const Product& p, int64_t first, int64_t last) 
 
 // ---- instruction sets ----
 
-#define FOR_ISA(name, target, fused)                                                                          \
+#define FOR_ISA(name, target, vectors)                                                                        \
   struct name {                                                                                               \
     template <class Format>                                                                                   \
     static target void dequantize(const Gptq& w, const int32_t* perm, void* out, int64_t column,              \
@@ -160,14 +205,18 @@ ALWAYS_INLINE void multiply_loop(const Product& p, int64_t first, int64_t last) 
     }                                                                                                         \
     template <int kBits>                                                                                      \
     static target void multiply(const Product& p, int64_t first, int64_t last) {                              \
-      multiply_loop<fused, kBits>(p, first, last);                                                            \
+      multiply_loop<vectors, kBits>(p, first, last);                                                          \
     }                                                                                                         \
   };
 
-FOR_ISA(Baseline, , false)
+using Vectors4 = Vectors<4, 4, 2>;
+using Vectors8 = Vectors<8, 4, 2>;
+using Vectors16 = Vectors<16, 4, 4>;
+
+FOR_ISA(Baseline, , Vectors4)
 #ifdef X86_DISPATCH
-FOR_ISA(Avx2, __attribute__((target("avx2,f16c,fma"))), true)
-FOR_ISA(Avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,f16c,fma,prefer-vector-width=512"))), true)
+FOR_ISA(Avx2, __attribute__((target("avx2,f16c,fma"))), Vectors8)
+FOR_ISA(Avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,f16c,fma,prefer-vector-width=512"))), Vectors16)
 #endif
 
 template <class Visitor>
@@ -203,7 +252,7 @@ void megalith_cpu_gptq_dequantize(int bits, const uint32_t* qweight, const void*
 // words make up each.
 void megalith_cpu_gptq_matmul(int bits, const uint32_t* qweight, const void* scales, int half_scales,
                               const uint8_t* zeros, int64_t in_features, int64_t out_features, int64_t group_size,
-                              const float* x, float* y, int64_t rows, int64_t width, int isa, int threads) {
+                              const float* x, float* y, int64_t rows, int isa, int threads) {
   const int64_t fields = 32 / bits, x_stride = (in_features + fields - 1) / fields * fields;
   const int64_t groups = (in_features + group_size - 1) / group_size;
   std::vector<float> padded(size_t(rows * x_stride)), x_sums(size_t(rows * groups));
@@ -217,7 +266,7 @@ void megalith_cpu_gptq_matmul(int bits, const uint32_t* qweight, const void* sca
     }
   }
   const Gptq w{qweight, scales, zeros, in_features, out_features, group_size, bits, half_scales != 0};
-  const Product product{w, padded.data(), x_sums.data(), y, rows, x_stride, groups, width};
+  const Product product{w, padded.data(), x_sums.data(), y, rows, x_stride, groups};
   with_isa(isa, [&](auto set) {
     using Set = decltype(set);
     const auto multiply = bits == 2 ? Set::template multiply<2> : bits == 4 ? Set::template multiply<4>

@@ -14,7 +14,6 @@ from .gptq_weight import GptqWeight
 SCRATCH_BYTES = 64 << 20  # of dequantised weight at a time
 # Rows of x up to which the product of packed weights is faster than that of dequantised ones.
 PACKED_ROWS = {torch.float32: 64, torch.float16: 64, torch.bfloat16: 32}
-_WIDTH = 1024  # columns at a time, whose sums stay in the cache
 
 
 def dequantize_(weight: GptqWeight, out: Tensor, first_column: int) -> None:
@@ -31,7 +30,7 @@ def matmul(x: Tensor, weight: GptqWeight) -> Tensor:
     one_group = weight.bits != 3 and weight.group_size == weight.in_features
     few = len(x) <= PACKED_ROWS[x.dtype]
     if few and (whole_words or one_group) and native.best_isa() != "torch":
-        y = native.gptq_matmul(x.float(), weight, _WIDTH, native.best_isa())
+        y = native.gptq_matmul(x.float(), weight, native.best_isa())
     else:
         y = dense_matmul(x, weight)
     if weight.bias is not None:

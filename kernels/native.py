@@ -50,7 +50,7 @@ def library() -> ctypes.CDLL | None:
     loaded.megalith_cpu_gptq_dequantize.argtypes = (
         gptq + [pointer] + [int64] * 3 + [integer, pointer] + [int64] * 2 + [integer] * 2
     )
-    loaded.megalith_cpu_gptq_matmul.argtypes = gptq + [int64] * 3 + [pointer] * 2 + [int64] * 2 + [integer] * 2
+    loaded.megalith_cpu_gptq_matmul.argtypes = gptq + [int64] * 3 + [pointer] * 2 + [int64] + [integer] * 2
     loaded.megalith_cpu_sum_of_squares.argtypes = [integer, pointer, int64, pointer, integer, integer]
     return loaded
 
@@ -107,10 +107,10 @@ def gptq_dequantize_(weight: GptqWeight, out: Tensor, first_column: int, isa: st
     )
 
 
-def gptq_matmul(x: Tensor, weight: GptqWeight, width: int, isa: str) -> Tensor:
+def gptq_matmul(x: Tensor, weight: GptqWeight, isa: str) -> Tensor:
     """Contiguous float32 CPU x [M, K], in the order of the stored rows, times the weight without its bias: [M, N].
 
-    The weight has 2, 4 or 8 bits, and one group or groups of whole words. `width` columns are worked on at a time.
+    The weight has 2, 4 or 8 bits, and one group or groups of whole words.
     """
     y = torch.empty(len(x), weight.out_features)
     library().megalith_cpu_gptq_matmul(
@@ -121,7 +121,6 @@ def gptq_matmul(x: Tensor, weight: GptqWeight, width: int, isa: str) -> Tensor:
         x.data_ptr(),
         y.data_ptr(),
         len(x),
-        width,
         _isa_number(isa),
         torch.get_num_threads(),
     )

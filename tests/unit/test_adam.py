@@ -41,14 +41,18 @@ def public(tensors, hyper, factor, found_inf):
     )
 
 
-def baseline(tensors, hyper, factor, found_inf):
-    assert found_inf.item() == 0
-    native.adam_(tensors, hyper.scalars(), decoupled=hyper.decoupled, factor=factor.item(), isa="baseline")
+def compiled(isa):
+    def step(tensors, hyper, factor, found_inf):
+        assert found_inf.item() == 0
+        native.adam_(tensors, hyper.scalars(), decoupled=hyper.decoupled, factor=factor.item(), isa=isa)
+
+    known = [] if native.best_isa() == "torch" else native.ISAS[: native.ISAS.index(native.best_isa()) + 1]
+    return pytest.param(step, id=isa, marks=pytest.mark.skipif(isa not in known, reason=f"this CPU has no {isa}"))
 
 
 IMPLEMENTATIONS = [
     pytest.param(public, id="public"),
-    pytest.param(baseline, id="baseline", marks=needs_library),
+    *map(compiled, native.ISAS[:-1]),  # `public` is the best of them
     pytest.param(blocked_adam_, id="blocked"),
 ]
 

@@ -9,6 +9,7 @@ from megalith.kernels import (
     gptq_dequantize,
     gptq_matmul,
     join_gptq_weights,
+    native,
     pack_codes,
     prepare_gptq_weight,
 )
@@ -47,6 +48,33 @@ def test_products_are_those_of_float32(case, dtype):
         assert y.dtype == dtype and y.shape == (rows, weight.out_features)
         error = mean_relative_error(y, expected_product(x, weight, dense))
         assert error < LIMITS[dtype], (rows, error)
+
+
+@pytest.mark.parametrize("isa", [*native.ISAS, "torch"])
+@pytest.mark.parametrize("case", CASES)
+def test_every_instruction_set_gives_the_same_product(case, isa, monkeypatch):
+    if isa != "torch" and (native.library() is None or native.ISAS.index(isa) > native.ISAS.index(native.best_isa())):
+        pytest.skip(f"no {isa} here")
+    monkeypatch.setattr(native, "best_isa", lambda: isa)
+    weight, dense = make_weight(case)
+    assert torch.equal(gptq_dequantize(weight, torch.float16), dense.half())
+    for rows in (1, 2, 3, 7):
+        x = torch.randn(rows, weight.in_features)
+        assert mean_relative_error(gptq_matmul(x, weight), expected_product(x, weight, dense)) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["wide", "asymmetric", "one_group"])
+def test_the_number_of_threads_changes_no_bit(case):
+    weight, _ = make_weight(case)
+    x = torch.randn(3, weight.in_features)
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(gptq_matmul(x, weight))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
