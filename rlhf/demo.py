@@ -20,10 +20,11 @@ from statistics import fmean
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from .decoding import generate
 from .demo_data import LANGUAGES, TASKS, make_rows, train_tokenizer
-from .generate import generate_greedy
+from .sampling import SamplingOptions
 from .templates import encode_prompt, prompt_renderer
-from .tokenizer import load_tokenizer, pad_id
+from .tokenizer import load_tokenizer
 
 EXPECTED_ACCURACY = 0.75  # of the default run; 0 before it
 
@@ -60,8 +61,10 @@ def exact_match(folder, rows):
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     render = prompt_renderer(tokenizer, "auto")
     prompts = [encode_prompt([{"role": "user", "content": row["instruction"]}], render, tokenizer) for row in rows]
-    ids = generate_greedy(model, prompts, 16, tokenizer.eos_token_id, pad_id(tokenizer))
-    answers = [tokenizer.decode(answer).strip() for answer in ids]
+    greedy = SamplingOptions(max_new_tokens=16, temperature=0, stop_ids=(tokenizer.eos_token_id,))
+    answers = [
+        tokenizer.decode(answer.tokens, skip_special_tokens=True).strip() for answer in generate(model, prompts, greedy)
+    ]
     right, total = Counter(), Counter()
     for row, answer in zip(rows, answers, strict=True):
         total[row["task"], row["language"]] += 1
