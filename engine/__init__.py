@@ -3,7 +3,7 @@
 from .checkpoint import CheckpointError
 from .config import EngineConfig, Precision
 from .optimizer import ZeroOptimizer
-from .persistence import load_checkpoint, save_checkpoint, save_pretrained
+from .persistence import load_checkpoint, save_checkpoint, save_pretrained, whole_weights
 from .planner import Plan, plan
 from .shard import gathered, initialize, memory_report
 from .tiers import OutOfBudgetError
@@ -22,4 +22,5 @@ __all__ = [
     "plan",
     "save_checkpoint",
     "save_pretrained",
+    "whole_weights",
 ]

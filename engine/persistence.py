@@ -2,7 +2,7 @@
 collectives."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -90,19 +90,44 @@ def load_checkpoint(folder: str | os.PathLike, model: nn.Module, optimizer: Zero
     return rank_state["caller"]
 
 
-def save_pretrained(folder: str | os.PathLike, model: nn.Module, *, max_shard_bytes: int = 5 * 10**9) -> None:
+def save_pretrained(
+    folder: str | os.PathLike,
+    model: nn.Module,
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+    written_as: nn.Module | None = None,
+    weights: Iterable[tuple[str, torch.Tensor]] | None = None,
+) -> None:
     """Save the weights, in the dtype that they are computed with, so that `from_pretrained` reads them. Block by block:
-    no rank holds more than a block beside what it stores."""
+    no rank holds more than a block beside what it stores.
+
+    `written_as` and `weights`: another model (on meta) to save in `model`'s place, and its full tensors by name, made
+    of those that `whole_weights(model)` gives."""
     engine = engine_of(model)
     export.save_pretrained(
         folder,
-        model,
-        _whole_weights(engine),
+        model if written_as is None else written_as,
+        whole_weights(model) if weights is None else weights,
         dtype=engine.compute_dtype,
         max_shard_bytes=max_shard_bytes,
         write=engine.rank_group.rank == 0,
         barrier=engine.rank_group.barrier,
     )
+
+
+def whole_weights(model: nn.Module, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, a copy of the full tensor on the CPU) of every parameter, or of those in `names`, block by block.
+    Every rank must take them all."""
+    engine = engine_of(model)
+    for group in engine.groups:
+        views = {fqn: view for chunk in group.chunks for fqn, view in chunk.views.items()}
+        wanted = [fqn for fqn in views if names is None or fqn in names]
+        if not wanted:
+            continue
+        engine.schedule.hold([group], "export")
+        for fqn in wanted:
+            yield fqn, views[fqn].detach().to("cpu", copy=True)
+        engine.schedule.release([group], "export")
 
 
 def _wrong_optimizer(engine: Engine, optimizer: ZeroOptimizer | None) -> ValueError | None:
@@ -145,12 +170,3 @@ def _load_chunk(chunk: Chunk, saved: checkpoint_files.Checkpoint) -> None:
         if chunk.spec.trainable:
             for payload in ("exp_avg", "exp_avg_sq"):
                 saved.fill(payload, fqn, owned.start, chunk.values_of(payload, part))
-
-
-def _whole_weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
-    for group in engine.groups:
-        engine.schedule.hold([group], "export")
-        for chunk in group.chunks:
-            for fqn, view in chunk.views.items():
-                yield fqn, view.detach().cpu()
-        engine.schedule.release([group], "export")

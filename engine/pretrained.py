@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -31,14 +31,25 @@ class PretrainedFolder:
     As in `from_pretrained`, a checkpoint of the base model loads into a model with a head and the reverse, either name
     of a tied parameter will do, and tensors that the model class ignores (old attention masks, `inv_freq`) are skipped.
     Unlike there, a parameter that the folder lacks is an error unless it matches one of the patterns `allow_missing`
-    (`"score.*"`); those are in `missing`, for the caller to initialise. `model` may be on meta, and is not changed.
+    (`"score.*"`); those are in `missing`, for the caller to initialise. `stored_name` gives the name in the folder of
+    a parameter that has another in the model, as adapters that wrap a layer give it one. `model` may be on meta, and
+    is not changed.
     """
 
-    def __init__(self, folder: str | os.PathLike, model: nn.Module, *, allow_missing: Collection[str] = ()):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        model: nn.Module,
+        *,
+        allow_missing: Collection[str] = (),
+        stored_name: Callable[[str], str] | None = None,
+    ):
         self.folder = Path(folder)
         self._files = _stored_tensors(self.folder)
         aliases = parameter_aliases(model)
         self._canonical = {alias: name for name, group in aliases.items() for alias in group}
+        if stored_name is not None:
+            self._canonical |= {stored_name(alias): name for alias, name in self._canonical.items()}
         shapes = {name: model.get_parameter(name).shape for name in aliases}
         buffers = dict(model.named_buffers(remove_duplicate=False))
         persistent = buffers.keys() & persistent_buffer_names(model)

@@ -3,7 +3,7 @@
 import itertools
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +71,8 @@ def initialize(
     optimizer: torch.optim.Optimizer | None = None,
     *,
     pretrained: str | os.PathLike | None = None,
+    allow_missing: Collection[str] = (),
+    stored_name: Callable[[str], str] | None = None,
     process_group: dist.ProcessGroup | None = None,
     device: torch.device | str | None = None,
     lane_delay: Callable[[], float] | None = None,
@@ -88,6 +90,9 @@ def initialize(
         returned
             shares its param_groups.
         pretrained: a folder of safetensors in Hugging Face layout, streamed into the chunks.
+        allow_missing: patterns (`"score.*"`) of parameters that the folder may lack. They keep the values they have,
+            rank 0's; on meta, they are initialised by the model's own rules.
+        stored_name: what a parameter of the model is called in the folder, where layers were wrapped since.
         process_group: the ranks that share the model; by default all.
         device: where to compute; by default the current CUDA device, or the CPU where there is none.
         lane_delay: for tests on a CPU: seconds to sleep before each piece of work on a lane.
@@ -103,8 +108,15 @@ def initialize(
     timeout_s = options.get("timeout_s", EngineConfig.timeout_s)
     rank_group = make_rank_group(process_group, device, timeout_s if isinstance(timeout_s, int | float) else 60)
     prepared, error = None, None
+
+    def open_folder() -> PretrainedFolder | None:
+        if pretrained is None:
+            return None
+        path = check_folder(pretrained, "pretrained")
+        return PretrainedFolder(path, model, allow_missing=allow_missing, stored_name=stored_name)
+
     try:
-        prepared = _prepare(model, optimizer, pretrained, options, rank_group)
+        prepared = _prepare(model, optimizer, open_folder, options, rank_group)
     except Exception as caught:
         error = caught
     rank_group.barrier(error)
@@ -177,7 +189,7 @@ def memory_report(model: nn.Module) -> dict[str, dict[str, dict[str, int]]]:
 def _prepare(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
-    pretrained: str | os.PathLike | None,
+    open_folder: Callable[[], PretrainedFolder | None],
     options: dict[str, Any],
     rank_group: RankGroup,
 ) -> tuple[EngineConfig, PretrainedFolder | None, ModelParts, Layout, list[ChunkPlacement], int]:
@@ -197,7 +209,7 @@ def _prepare(
             raise ValueError(
                 f"{name} is {parameter.dtype} and requires gradients: only real floating-point ones are trained"
             )
-    folder = None if pretrained is None else PretrainedFolder(check_folder(pretrained, "pretrained"), model)
+    folder = open_folder()
     group_of = optimizer_groups(model, optimizer)
     parts = find_parts(model, config.max_chunk_numel)
     layout = pack(layout_specs(model, parts, group_of, config), rank_group.world_size, config.max_chunk_numel)
@@ -324,14 +336,15 @@ class _WeightLoader:
     def load(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
             values, views = self._whole_values(chunk)
-            if self._folder is not None:
-                self._folder.fill(views)
-            else:
-                parameters = {fqn: self._model.get_parameter(fqn) for fqn in views}
-                for fqn, view in views.items():
-                    if not parameters[fqn].is_meta:
-                        view.copy_(parameters[fqn])
-                on_meta = {fqn: view for fqn, view in views.items() if parameters[fqn].is_meta}
+            stored = {fqn: view for fqn, view in views.items() if self._folder is not None and fqn in self._folder}
+            if stored:
+                self._folder.fill(stored)
+            parameters = {fqn: self._model.get_parameter(fqn) for fqn in views if fqn not in stored}
+            if parameters:
+                for fqn, parameter in parameters.items():
+                    if not parameter.is_meta:
+                        views[fqn].copy_(parameter)
+                on_meta = {fqn: views[fqn] for fqn, parameter in parameters.items() if parameter.is_meta}
                 initialize_parameters(self._model, on_meta, self._config.seed)
                 self._broadcast(values)
             chunk.load_full(values)

@@ -33,6 +33,28 @@ class ModelArguments:
 
 
 @dataclass(frozen=True)
+class LoraArguments:
+    """Low-rank adapters (PEFT's LoRA): with a rank, only they are trained, and the score head where there is one."""
+
+    lora_rank: int = HfArg(default=0, aliases=["--lora_r"], help="rank of the adapters; 0: train all weights")
+    lora_alpha: float | None = HfArg(default=None, help="scale of the adapters, divided by the rank; default 2 x rank")
+    lora_dropout: float = HfArg(default=0.0, help="dropout before the adapters")
+    lora_target_modules: str = HfArg(
+        default="all-linear", help="names of the linear layers to adapt, separated by commas; default: all but the head"
+    )
+    use_rslora: bool = HfArg(default=False, help="divide alpha by the square root of the rank instead")
+    lora_merge: bool = HfArg(
+        default=False, help="save the merged model in --save_path, and the adapter in its subfolder 'adapter'"
+    )
+
+    def __post_init__(self):
+        _require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "at least 0")
+        _require(self.lora_alpha is None or self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "> 0")
+        _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "at least 0 and below 1")
+        _require(not (self.lora_merge and not self.lora_rank), "lora_merge", True, "false without --lora_rank")
+
+
+@dataclass(frozen=True)
 class StrategyArguments:
     """How it is spread over ranks and tiers."""
 

@@ -164,10 +164,24 @@ def build_on_meta(source, gradient_checkpointing=False):
     if source.folder and os.path.isfile(os.path.join(source.folder, "generation_config.json")):
         model.generation_config = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
     if gradient_checkpointing:
-        # transformers renamed it in 5.2x and warns about the old name, which older releases need.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable()
+        enable_checkpointing(model)
     return model
+
+
+def enable_checkpointing(model):
+    # transformers renamed it in 5.2x and warns about the old name, which older releases need.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+
+
+def disable_dropout(model):
+    """Set every dropout of `model` to 0: two passes over the same tokens must give the same log-probabilities."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                setattr(module, name, 0.0)
 
 
 def decay_groups(model, weight_decay):

@@ -1,0 +1,118 @@
+"""LoRA: PEFT's adapters inside a model that is on meta, trained by the engine over frozen, sharded base weights.
+
+PEFT wraps the adapted layers and leaves the model's class as it is: `q_proj.weight` becomes
+`q_proj.base_layer.weight`, with `q_proj.lora_A.default.weight` and `lora_B` beside it. The engine reads the base
+weights from their folder under the old names (`stored_name`); the adapters have their initial values before that.
+"""
+
+import contextlib
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+from transformers.pytorch_utils import Conv1D
+
+from .. import engine
+from .errors import InputError
+
+ADAPTER = "default"  # PEFT's name of a model's first adapter
+NEW_PARAMETERS = ("*.lora_A.*", "*.lora_B.*")  # what a folder of base weights lacks
+HEAD = "score"
+
+
+def add_adapters(model, lora_args, seed):
+    """Put adapters into `model` (on meta) and freeze everything else but the score head. Returns `model`, changed only
+    where `lora_args.lora_rank` is not 0.
+
+    Initial values are LoRA's own, the same on every rank: lora_A uniform as in nn.Linear, lora_B zero, so that the
+    adapted model computes what its base does. Raises InputError when no layer has a name that was asked for, and for
+    layers other than linear ones.
+    """
+    if not lora_args.lora_rank:
+        return model
+    targets = lora_args.lora_target_modules
+    config = LoraConfig(
+        r=lora_args.lora_rank,
+        lora_alpha=lora_args.lora_alpha or 2 * lora_args.lora_rank,
+        lora_dropout=lora_args.lora_dropout,
+        target_modules=targets if targets == "all-linear" else targets.split(","),
+        use_rslora=lora_args.use_rslora,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2 stores W transposed
+        task_type="SEQ_CLS" if hasattr(model, HEAD) else "CAUSAL_LM",
+    )
+    try:
+        inject_adapter_in_model(config, model, ADAPTER)
+    except ValueError as error:
+        raise InputError(f"--lora_target_modules {targets}: {error}") from None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, layer in adapted_layers(model).items():
+            if not isinstance(layer, LoraLinear):
+                raise InputError(f"--lora_target_modules {targets}: {name} is no linear layer; only those are adapted")
+            layer.lora_A[ADAPTER].to_empty(device="cpu")
+            layer.lora_B[ADAPTER].to_empty(device="cpu")
+            layer.reset_lora_parameters(ADAPTER, init_lora_weights=True)
+    if hasattr(model, HEAD):
+        getattr(model, HEAD).requires_grad_(True)
+        config.modules_to_save = [HEAD]  # only noted, for the adapter's file: PEFT would wrap the head and rename it
+    return model
+
+
+def adapted_layers(model):
+    """{name: layer} of the layers that have adapters."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def stored_name(name):
+    """What a parameter is called in the folder of the base weights."""
+    return name.replace(".base_layer.", ".")
+
+
+@contextlib.contextmanager
+def adapters_off(model):
+    """The base model, for as long as the context lasts: the reference policy of a policy with adapters."""
+    layers = adapted_layers(model).values()
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield model
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def save_adapter(folder, model, base_folder, is_first):
+    """Write the adapters, and the head where there is one, as PEFT does: adapter_config.json and
+    adapter_model.safetensors, for `PeftModel.from_pretrained`. A collective."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    tensors = {
+        f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": tensor
+        for name, tensor in engine.whole_weights(model, trained)
+    }
+    if is_first:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        config = model.peft_config[ADAPTER]
+        config.base_model_name_or_path = base_folder
+        config.save_pretrained(folder)
+        save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def merged_weights(model):
+    """Yield (stored name, base weight + scale · B A) of every parameter, block by block, for `engine.save_pretrained`.
+    The weights at rest stay as they are."""
+    layers = adapted_layers(model)
+    names = {name for name, _ in model.named_parameters() if ".lora_" in name}
+    adapters = {name: tensor.float() for name, tensor in engine.whole_weights(model, names)}
+    for name, weight in engine.whole_weights(model):
+        if name in adapters:
+            continue
+        path, _, leaf = name.rpartition(".base_layer.")
+        if leaf == "weight":
+            layer = layers[path]
+            delta = adapters[f"{path}.lora_B.{ADAPTER}.weight"] @ adapters[f"{path}.lora_A.{ADAPTER}.weight"]
+            delta *= layer.scaling[ADAPTER]
+            weight = (weight.float() + (delta.T if layer.fan_in_fan_out else delta)).to(weight.dtype)
+        yield stored_name(name), weight
