@@ -170,7 +170,7 @@ def generate(
         progress: called with the number of new tokens after every step.
 
     Returns the answers in the order of the prompts.
-    Raises ValueError for a prompt that is empty, or that does not fit the model's positions with its answer.
+    Raises ValueError for a prompt that is empty or does not fit the model, FloatingPointError for logits that are NaN.
     """
     answers = _new_answers(model, prompts, options, generator)
     if batch_size < 1:
@@ -213,14 +213,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def check_fits(model: nn.Module, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Raises ValueError where a prompt is empty, or is longer with its answer than the model has positions."""
-    if prompt_tokens == 0:
+def check_prompt(model: nn.Module, prompt: Sequence[int], max_new_tokens: int) -> None:
+    """Raises ValueError where a prompt is empty, has ids that the model does not know, or is longer with its answer
+    than the model has positions."""
+    if not prompt:
         raise ValueError("the prompt is empty: there is nothing to continue")
+    vocab_size = model.get_input_embeddings().num_embeddings
+    if unknown := [token for token in prompt if not 0 <= token < vocab_size]:
+        raise ValueError(f"token id {unknown[0]} is not one of the model's {vocab_size}")
     limit = max_positions(model)
-    if limit is not None and prompt_tokens + max_new_tokens > limit:
+    if limit is not None and len(prompt) + max_new_tokens > limit:
         raise ValueError(
-            f"a prompt of {prompt_tokens} tokens and max_new_tokens={max_new_tokens} do not fit the model's "
+            f"a prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens} do not fit the model's "
             f"{limit} positions: shorten one of them"
         )
 
@@ -245,7 +249,7 @@ def _new_answers(
     for index, (prompt, (row, seed)) in enumerate(zip(prompts, rows, strict=True)):
         ids = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
         try:
-            check_fits(model, len(ids), row.max_new_tokens)
+            check_prompt(model, ids, row.max_new_tokens)
         except ValueError as error:
             raise ValueError(f"prompt {index}: {error}") from None
         answers.append(Answer(ids, row, seed))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
@@ -251,3 +252,12 @@ def _check_supported(config: PreTrainedConfig) -> None:
 def _has_window(config: PreTrainedConfig) -> bool:
     kinds = getattr(config, "layer_types", None)
     return "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None) is not None
+
+
+def bytes_per_token(model: nn.Module) -> int:
+    """Of one row's keys and values, over all layers."""
+    config = model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return 2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
