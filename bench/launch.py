@@ -7,18 +7,31 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 
 class RankError(RuntimeError):
-    """A rank failed or took too long; the text holds the end of what it printed."""
+    """A rank failed or took too long; the text holds the end of what it printed. `code` is its exit status, None if it
+    was still running."""
+
+    def __init__(self, text: str, code: int | None = None) -> None:
+        super().__init__(text)
+        self.code = code
 
 
-def run_ranks(command: list[str], world_size: int, *, timeout_s: float, env: dict[str, str] | None = None) -> None:
+def run_ranks(
+    command: list[str],
+    world_size: int,
+    *,
+    timeout_s: float,
+    env: dict[str, str] | None = None,
+    while_waiting: Callable[[], None] = lambda: None,
+) -> None:
     """Run `command` once a rank with the variables that torchrun sets; return when all have succeeded.
 
     The machine's cores are divided among the ranks. Raises RankError as soon as one rank fails, or after `timeout_s`.
-    However it ends, every rank and whatever that had started is killed.
+    However it ends, every rank and whatever that had started is killed. `while_waiting` is called many times a second.
     """
     cores = len(os.sched_getaffinity(0))
     shared = {
@@ -44,10 +57,11 @@ def run_ranks(command: list[str], world_size: int, *, timeout_s: float, env: dic
         while None in (codes := [rank.poll() for rank in ranks]) and not any(codes):
             if time.monotonic() > deadline_s:
                 raise RankError(f"still running after {timeout_s:g} s; rank 0 printed last:\n{last_lines(logs[0])}")
+            while_waiting()
             time.sleep(0.05)
         for rank, code in enumerate(codes):
             if code:
-                raise RankError(f"rank {rank} exited with {code}:\n{last_lines(logs[rank])}")
+                raise RankError(f"rank {rank} exited with {code}:\n{last_lines(logs[rank])}", code)
 
 
 def kill_group(process: subprocess.Popen) -> None:

@@ -6,7 +6,8 @@ A record holds raw readings and nothing derived, so a table printed later says t
      "rows": [{"name": "ddp", "note": "", "metrics": {"tokens_per_s": [reading, ...], "peak_rss_bytes": [...]}}, ...],
      "checks": [{"name": "zero3 / ddp, tokens_per_s", "values": [one a round, ...], "at_least": 0.85}, ...]}
 
-A metric's name ends in its unit: `_per_s`, `_s`, `_bytes`, `_share` (0 to 1). Readings are shown as median and range.
+A metric's name ends in its unit: `_per_s`, `_s`, `_bytes`, `_share` (0 to 1), `_numel` (a count of elements). Readings
+are shown as median and range.
 
     python -m megalith.bench.report RECORD.json --plot OUT.png
 """
@@ -110,7 +111,7 @@ def number(metric: str, value) -> str:
 
 def unit_of(metric: str) -> tuple[str, float, str]:
     """The name without its unit, what to divide readings by, and the unit as shown."""
-    for suffix, scale, unit in (("_bytes", 2**20, " [MiB]"), ("_share", 0.01, " [%]")):
+    for suffix, scale, unit in (("_bytes", 2**20, " [MiB]"), ("_share", 0.01, " [%]"), ("_numel", 10**6, " [million]")):
         if metric.endswith(suffix):
             return metric.removesuffix(suffix), scale, unit
     return metric, 1.0, ""

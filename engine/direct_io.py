@@ -21,7 +21,8 @@ RAM_FILESYSTEMS = ("tmpfs", "ramfs")
 
 def aligned_empty(nbytes: int) -> torch.Tensor:
     """Zeroed memory on pages of its own, uint8 [nbytes]: transfers into it need no copy."""
-    return torch.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=torch.uint8)[:nbytes]
+    pages = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8)[:nbytes]
 
 
 def round_down(nbytes: int, multiple: int) -> int:

@@ -84,7 +84,8 @@ class HostSlab:
     def __init__(self, nbytes: int, pin: bool) -> None:
         self.nbytes = nbytes
         self._taken_bytes = 0
-        pages = mmap.mmap(-1, max(nbytes, 1))
+        # Private: a child that is forked must not write into our weights. mmap's default shares.
+        pages = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._bytes = torch.frombuffer(pages, dtype=torch.uint8)
         if pin:
             cudart = torch.cuda.cudart()

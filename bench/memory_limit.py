@@ -1,0 +1,156 @@
+"""A hard limit on the memory of a benchmark's processes: a control group of their own, or a resource limit without one.
+
+A cgroup counts everything that the system holds for its processes, the page cache of files that they were the first to
+read included; swap is off, and past the limit the kernel kills. Version 1 and 2 are supported, below the group that the
+benchmark itself runs in, so that every limit from outside still holds. Where no group can be made (cgroup files belong
+to root), `RLIMIT_DATA` bounds the private writable memory of each process instead: allocations then fail.
+"""
+
+import contextlib
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class CgroupFiles:
+    """How one version of the memory controller calls its files."""
+
+    version: str
+    limit: str
+    swap: tuple[str, str]
+    """File and value that keep the group's pages out of swap; the limit itself in version 1, where it counts both."""
+    peak: str
+    events: str
+    """Has a line `oom_kill COUNT`."""
+
+
+V1 = CgroupFiles(
+    "cgroup v1",
+    limit="memory.limit_in_bytes",
+    swap=("memory.memsw.limit_in_bytes", "{limit}"),
+    peak="memory.max_usage_in_bytes",
+    events="memory.oom_control",
+)
+V2 = CgroupFiles(
+    "cgroup v2", limit="memory.max", swap=("memory.swap.max", "0"), peak="memory.peak", events="memory.events"
+)
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """What a benchmark's process runs under."""
+
+    kind: str
+    """"cgroup v1", "cgroup v2", "RLIMIT_DATA" or "none"."""
+    nbytes: int | None = None
+    group: Path | None = None
+    files: CgroupFiles | None = None
+
+    def command(self, command: list[str]) -> list[str]:
+        """`command`, started under the limit: a shell enters it and becomes the command."""
+        if self.group is not None:
+            enter = 'echo $$ > "$0" && exec "$@"'
+            return ["/bin/sh", "-c", enter, str(self.group / "cgroup.procs"), *command]
+        if self.nbytes is not None:
+            return ["/bin/sh", "-c", 'ulimit -d "$0" && exec "$@"', str(self.nbytes // 1024), *command]
+        return command
+
+    def peak_bytes(self) -> int | None:
+        """The most that was held at once; None where nobody counts it."""
+        try:
+            return int((self.group / self.files.peak).read_text()) if self.group else None
+        except FileNotFoundError:  # memory.peak is younger than version 2
+            return None
+
+    def killed(self) -> bool:
+        """Whether the kernel killed a process for its memory."""
+        if self.group is None:
+            return False
+        lines = (self.group / self.files.events).read_text().splitlines()
+        return any(line.split()[0] == "oom_kill" and int(line.split()[1]) > 0 for line in lines if line.split())
+
+
+@contextlib.contextmanager
+def memory_limit(nbytes: int | None) -> Iterator[MemoryLimit]:
+    """A limit for one run, gone afterwards; None limits nothing."""
+    if nbytes is None:
+        yield MemoryLimit("none")
+        return
+    made = make_group(nbytes)
+    if made is None:
+        yield MemoryLimit("RLIMIT_DATA", nbytes)
+        return
+    group, files = made
+    try:
+        yield MemoryLimit(files.version, nbytes, group, files)
+    finally:
+        remove_group(group)
+
+
+def make_group(nbytes: int) -> tuple[Path, CgroupFiles] | None:
+    """A new group with the limit set, below the first of `parent_groups` where that can be done; None if nowhere."""
+    for parent, files in parent_groups(Path("/proc/self/cgroup").read_text(), Path("/proc/self/mountinfo").read_text()):
+        group = parent / f"megalith-{uuid.uuid4().hex[:8]}"
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        try:
+            (group / files.limit).write_text(str(nbytes))
+            name, value = files.swap
+            if (group / name).exists():  # missing in a kernel without swap accounting
+                (group / name).write_text(value.format(limit=nbytes))
+            with open(group / "cgroup.procs", "a"):
+                return group, files
+        except OSError:
+            group.rmdir()
+    return None
+
+
+def parent_groups(own_groups: str, mounts: str) -> Iterator[tuple[Path, CgroupFiles]]:
+    """Where a group may be made, given the text of /proc/self/cgroup and /proc/self/mountinfo.
+
+    In version 2 a group that holds processes cannot limit groups below it: so its own parent comes next.
+    """
+    mounted = dict(_mounted(mounts))
+    for line in own_groups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(",") and V1 in mounted:
+            yield _below(mounted[V1], path), V1
+        elif controllers == "" and V2 in mounted:
+            own = _below(mounted[V2], path)
+            yield own, V2
+            if own != mounted[V2][1]:
+                yield own.parent, V2
+
+
+def _mounted(mounts: str) -> Iterator[tuple[CgroupFiles, tuple[str, Path]]]:
+    """The root group and the folder of each version's mount; proc(5) tells the fields."""
+    for line in mounts.splitlines():
+        left, right = line.split(" - ")
+        root, folder = left.split()[3:5]
+        kind, options = right.split()[0], right.split()[-1].split(",")
+        if kind == "cgroup" and "memory" in options:
+            yield V1, (root, Path(folder))
+        elif kind == "cgroup2":
+            yield V2, (root, Path(folder))
+
+
+def _below(mount: tuple[str, Path], path: str) -> Path:
+    root, folder = mount
+    return folder / os.path.relpath(path, root) if path.startswith(root) else folder
+
+
+def remove_group(group: Path) -> None:
+    """Its processes have been killed; the system takes a moment until they have left."""
+    for _ in range(100):
+        try:
+            group.rmdir()
+            return
+        except OSError:
+            time.sleep(0.05)
+    raise RuntimeError(f"{group} still has processes: {(group / 'cgroup.procs').read_text().split()}")
