@@ -1,5 +1,6 @@
 """The engine: parameters in chunks, ZeRO 0 to 3 over torch.distributed, placement over tiers."""
 
+from .average import WeightAverage
 from .checkpoint import CheckpointError
 from .config import EngineConfig, Precision
 from .optimizer import ZeroOptimizer
@@ -14,6 +15,7 @@ __all__ = [
     "OutOfBudgetError",
     "Plan",
     "Precision",
+    "WeightAverage",
     "ZeroOptimizer",
     "gathered",
     "initialize",

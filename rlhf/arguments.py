@@ -14,6 +14,7 @@ import yaml
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from .errors import InputError, nearest
+from .errors import require as _require
 
 
 @dataclass(frozen=True)
@@ -142,11 +143,6 @@ class OutputArguments:
             _require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
         for name in ("eval_interval", "save_interval"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-
-
-def _require(holds, name, value, wanted):
-    if not holds:
-        raise InputError(f"--{name} is {value}; it has to be {wanted}")
 
 
 def _flags_of(field):

@@ -12,6 +12,7 @@ from .errors import InputError, exit_on_input_error, nearest
 
 STAGES = {
     "sft": ("train_sft", "supervised fine-tuning on instructions or conversations"),
+    "ppo": ("train_ppo", "reinforcement learning from a reward model, a function or a server"),
 }
 
 

@@ -9,6 +9,12 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message names it, its value and what to do next."""
 
 
+def require(holds, name, value, wanted):
+    """Raise InputError where an option's value does not hold."""
+    if not holds:
+        raise InputError(f"--{name} is {value}; it has to be {wanted}")
+
+
 def nearest(word, known):
     """A hint such as "; did you mean 'zero2'?", or the empty string when nothing is near."""
     matches = difflib.get_close_matches(word, list(known), n=1)

@@ -116,7 +116,7 @@ def value_loss_sum(values, old_values, returns, mask, clip=0.2):
     if clip is None:
         return ValueLoss(0.5 * plain.sum(), torch.zeros((), dtype=torch.int64, device=plain.device))
     old = old_values[mask]
-    clipped = (old + (value - old).clamp(-clip, clip) - target).square()
+    clipped = (value.clamp(old - clip, old + clip) - target).square()
     return ValueLoss(0.5 * torch.maximum(plain, clipped).sum(), (clipped > plain).sum())
 
 

@@ -1,0 +1,139 @@
+"""What PPO and GRPO train, by which rules, and what changes from one iteration to the next beside the weights."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers.hf_argparser import HfArg
+
+from ..engine import WeightAverage
+from .errors import require
+from .ppo_math import Moments
+from .ptx import PtxStream
+from .rollout import RolloutArguments
+
+
+@dataclass(frozen=True)
+class RewardArguments:
+    """What an answer is worth."""
+
+    score_clip: float | None = HfArg(default=10.0, help="scores are clipped to plus and minus this; 0: not at all")
+    normalize_scores: bool = HfArg(default=False, help="subtract the running mean of the scores, divide by their std")
+    missing_eos_penalty: float = HfArg(default=1.0, help="taken off the score of an answer that does not end")
+    kl_coef: float = HfArg(
+        default=0.05, aliases=["--init_kl_coef"], help="β, the price of a nat of KL; 0: no reference"
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = HfArg(default="k1", help="of the KL that is paid for, token by token")
+    kl_target: float | None = HfArg(default=None, help="nats an answer that an adaptive β aims at; fixed β without")
+    kl_horizon: float = HfArg(default=10_000.0, help="episodes over which an adaptive β moves")
+
+    def __post_init__(self):
+        for name in ("missing_eos_penalty", "kl_coef"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        require(self.score_clip is None or self.score_clip >= 0, "score_clip", self.score_clip, "at least 0")
+        require(self.kl_target is None or self.kl_target > 0, "kl_target", self.kl_target, "> 0")
+        require(self.kl_horizon > 0, "kl_horizon", self.kl_horizon, "> 0")
+        require(not (self.kl_target and not self.kl_coef), "kl_coef", self.kl_coef, "> 0 with --kl_target")
+
+
+@dataclass(frozen=True)
+class PPOArguments:
+    """What is learned from a rollout."""
+
+    train_batch_size: int = HfArg(default=8, help="episodes a minibatch on each rank, of which there is one update")
+    micro_batch_size: int | None = HfArg(default=None, help="episodes a pass through a model; as --train_batch_size")
+    ppo_epochs: int = HfArg(default=4, aliases=["--max_epochs", "--num_ppo_epochs"], help="passes over a rollout")
+    clip: float = HfArg(default=0.2, aliases=["--eps_clip", "--cliprange"], help="of the probability ratio")
+    value_clip: float | None = HfArg(default=0.2, aliases=["--cliprange_value"], help="of the value; 0: not at all")
+    gamma: float = HfArg(default=1.0, help="discount")
+    lam: float = HfArg(default=0.95, aliases=["--lambd"], help="λ of generalised advantage estimation")
+    whiten_advantages: bool = HfArg(default=True, help="to mean 0 and variance 1 over all tokens of a rollout")
+    whiten_rewards: bool = HfArg(default=False, help="the same for token rewards, their mean kept")
+    stop_kl: float | None = HfArg(
+        default=None, help="end a rollout's epochs before the update whose KL to the sampling policy exceeds this"
+    )
+    critic_warmup: int = HfArg(default=0, help="first iterations that train the critic alone")
+    ptx_coef: float = HfArg(default=0.05, help="weight of the pretraining loss where there is --pretrain_dataset")
+    ptx_mix: Literal["additive", "convex"] = HfArg(
+        default="additive", help="PPO + c·CE, or (1-c)·PPO + c·CE as the original announcement's code had it"
+    )
+
+    def __post_init__(self):
+        for name in ("train_batch_size", "ppo_epochs", "clip", "gamma"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
+        require(
+            self.micro_batch_size is None or self.micro_batch_size > 0, "micro_batch_size", self.micro_batch_size, "> 0"
+        )
+        require(self.value_clip is None or self.value_clip >= 0, "value_clip", self.value_clip, "at least 0")
+        for name in ("gamma", "lam"):
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "from 0 to 1")
+        require(self.stop_kl is None or self.stop_kl > 0, "stop_kl", self.stop_kl, "> 0")
+        for name in ("critic_warmup", "ptx_coef"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        require(self.ptx_mix == "additive" or self.ptx_coef <= 1, "ptx_coef", self.ptx_coef, "at most 1 with convex")
+
+
+@dataclass
+class Trained:
+    """A model with what trains it."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: object  # stepped once an iteration
+
+
+@dataclass
+class Learner:
+    """The models of PPO, how they are used, and what changes from one iteration to the next beside their weights."""
+
+    actor: Trained
+    critic: Trained
+    reference: torch.nn.Module | None
+    """A frozen copy of the actor as it began. None: the actor itself with its adapters off."""
+    reward: torch.nn.Module | Callable
+    """A model that scores tokens, or a reward function (see `rewards`)."""
+    pad_id: int
+    stop_ids: frozenset[int]
+    decode: Callable | None
+    """Token ids to text, for reward functions and samples. None: they get the ids."""
+    ranks: object
+    seed: int
+    rollout_args: RolloutArguments = RolloutArguments()
+    reward_args: RewardArguments = RewardArguments()
+    ppo_args: PPOArguments = PPOArguments()
+    ptx: PtxStream | None = None
+    average: WeightAverage | None = None
+    """The moving average of the actor's weights, updated with every step of its optimizer."""
+
+    iteration: int = 0
+    kl_coef: float = field(default=math.nan)
+    moments: Moments = Moments()
+
+    def __post_init__(self):
+        if math.isnan(self.kl_coef):
+            self.kl_coef = self.reward_args.kl_coef
+
+    @property
+    def micro_batch_size(self):
+        return self.ppo_args.micro_batch_size or self.ppo_args.train_batch_size
+
+    @property
+    def uses_reference(self):
+        return self.reward_args.kl_coef > 0
+
+    def state(self):
+        """What a checkpoint needs beside the engines' own, as plain values."""
+        return {
+            "iteration": self.iteration,
+            "kl_coef": self.kl_coef,
+            "moments": [self.moments.count, self.moments.mean, self.moments.squares],
+            "ptx_cursor": None if self.ptx is None else list(self.ptx.cursor),
+        }
+
+    def load_state(self, state):
+        self.iteration, self.kl_coef = state["iteration"], state["kl_coef"]
+        self.moments = Moments(*state["moments"])
+        if self.ptx is not None:
+            self.ptx.seek(tuple(state["ptx_cursor"]))

@@ -1,0 +1,142 @@
+"""The four models of PPO, from meta to the engine."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import get_scheduler
+from transformers.hf_argparser import HfArg
+
+from .. import engine
+from .errors import require
+from .learner import Trained
+from .lora import NEW_PARAMETERS as ADAPTER_PARAMETERS
+from .lora import add_adapters, stored_name
+from .models import build_on_meta, decay_groups, disable_dropout
+from .reward_model import NEW_PARAMETERS as HEAD_PARAMETERS
+from .reward_model import build_reward_model
+
+
+@dataclass(frozen=True)
+class PPOOptimization:
+    """How far and how fast."""
+
+    num_episodes: int = HfArg(default=10, help="times --max_timesteps batches of prompts")
+    max_timesteps: int = HfArg(default=10, help="batches of prompts an episode")
+    lr: float = HfArg(default=3e-6, aliases=["--actor_lr"], help="peak learning rate of the actor")
+    critic_lr: float = HfArg(default=9e-6, help="and of the critic")
+    # One value an iteration, so that iterations which stop early do not shift it.
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = HfArg(
+        default="linear", help="shape over the iterations"
+    )
+    warmup_ratio: float = HfArg(default=0.0, help="share of the iterations over which the rates rise from 0")
+    weight_decay: float = HfArg(default=0.0, help="AdamW's decay of matrices; biases and norms have none")
+    adam_beta1: float = HfArg(default=0.9)
+    adam_beta2: float = HfArg(default=0.95)
+    adam_epsilon: float = HfArg(default=1e-5)
+    max_grad_norm: float = HfArg(default=1.0, help="global gradient norm to clip at, for each model")
+    ema_decay: float = HfArg(default=0.0, help="of a moving average of the actor's weights, such as 0.992; 0: none")
+    seed: int = HfArg(default=42, help="of prompts' order, sampling and random weights")
+
+    def __post_init__(self):
+        for name in ("num_episodes", "max_timesteps", "max_grad_norm"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
+        for name in ("lr", "critic_lr", "weight_decay", "adam_epsilon"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("warmup_ratio", "adam_beta1", "adam_beta2", "ema_decay"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class Unplaced:
+    """A model that the engine has yet to take, and where its weights are."""
+
+    model: torch.nn.Module  # on meta, mostly
+    folder: str | None = None  # of its weights; None: those that it has, or random ones
+    allow_missing: Collection[str] = ()
+    stored_name: Callable[[str], str] | None = None
+
+    def initialize(self, optimizer, device, options):
+        given = {"allow_missing": self.allow_missing, "stored_name": self.stored_name} if self.folder else {}
+        return engine.initialize(self.model, optimizer, pretrained=self.folder, device=device, **given, **options)
+
+
+def unplaced_actor(source, gradient_checkpointing=False, lora_args=None, seed=0):
+    model = build_on_meta(source, gradient_checkpointing)
+    return _adapted(model, source, (), lora_args, seed)
+
+
+def unplaced_critic(source, gradient_checkpointing=False, lora_args=None, seed=0):
+    """A critic of a reward model's or a language model's weights. The latter have no head: it is 0, and so are all
+    values until the first update."""
+    model = build_reward_model(source, gradient_checkpointing)
+    model.score.weight = torch.nn.Parameter(torch.zeros(model.score.weight.shape))
+    return _adapted(model, source, HEAD_PARAMETERS, lora_args, seed)
+
+
+def unplaced_reward_model(source):
+    """Raises nothing where the folder has no head: that is the caller's decision (see `train_ppo`)."""
+    return frozen(Unplaced(build_reward_model(source), source.folder, HEAD_PARAMETERS))
+
+
+def frozen(unplaced):
+    unplaced.model.requires_grad_(False)
+    disable_dropout(unplaced.model)
+    return unplaced
+
+
+def _adapted(model, source, missing, lora_args, seed):
+    disable_dropout(model)
+    if lora_args is None or not lora_args.lora_rank:
+        return Unplaced(model, source.folder, missing)
+    add_adapters(model, lora_args, seed)
+    return Unplaced(model, source.folder, (*missing, *ADAPTER_PARAMETERS), stored_name)
+
+
+def place(models, judge, optimization, iterations, device, options):
+    """Give the models of {"actor", "critic", "reference", "reward": Unplaced} (the last two where there are any) to the
+    engine; returns those fields of a Learner. `judge`: what rewards where no model does."""
+
+    def trained(name, lr):
+        return _place_trained(models[name], lr, optimization, iterations, device, options)
+
+    def untrained(name):
+        return _place_frozen(models[name], device, options) if name in models else None
+
+    return {
+        "actor": trained("actor", optimization.lr),
+        "critic": trained("critic", optimization.critic_lr),
+        "reference": untrained("reference"),
+        "reward": untrained("reward") or judge,
+    }
+
+
+def _place_trained(unplaced, lr, optimization, iterations, device, options):
+    """Give a model to the engine with its optimizer and schedule; Trained."""
+    optimizer = torch.optim.AdamW(
+        decay_groups(unplaced.model, optimization.weight_decay),
+        lr=lr,
+        betas=(optimization.adam_beta1, optimization.adam_beta2),
+        eps=optimization.adam_epsilon,
+    )
+    model, optimizer = unplaced.initialize(optimizer, device, options)
+    warmup = round(optimization.warmup_ratio * iterations)
+    return Trained(model, optimizer, get_scheduler(optimization.lr_scheduler_type, optimizer, warmup, iterations))
+
+
+def _place_frozen(unplaced, device, options):
+    model, _ = unplaced.initialize(None, device, {**options, "max_grad_norm": None})
+    return model.eval()
+
+
+def plans(named, world_size, options):
+    """The memory plan of every model in {name: Unplaced}, as text, with their sum by tier."""
+    lines, totals = [], {}
+    for name, unplaced in named.items():
+        plan = engine.plan(unplaced.model, world_size=world_size, **options)
+        lines.append(f"{name}: {plan}")
+        for tier, nbytes in plan.peak_bytes.items():
+            totals[tier.value] = totals.get(tier.value, 0) + nbytes
+    total = ", ".join(f"{tier} {nbytes / 1e6:,.1f} MB" for tier, nbytes in totals.items())
+    return "\n".join([*lines, f"all models at most, per rank, without activations: {total}"])

@@ -1,0 +1,41 @@
+"""`samples.jsonl`: a few answers of every iteration, to read what the numbers mean."""
+
+import json
+from pathlib import Path
+
+
+class SamplesLog:
+    """Written by the first rank; rows of a former run beyond `first_step` are dropped, as in `metrics.jsonl`."""
+
+    def __init__(self, folder, enabled, first_step):
+        self._file = None
+        if not enabled:
+            return
+        path = Path(folder) / "samples.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if first_step else []
+        kept = [line for line in lines if json.loads(line)["step"] <= first_step]
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self._file = path.open("a", buffering=1, encoding="utf-8")
+
+    def write(self, step, experience, decode, count=4):
+        """The first `count` episodes: prompt, response, raw score, KL summed over the answer, length, truncated."""
+        if self._file is None:
+            return
+        rollout = experience.rollout
+        kl = (experience.logprobs - experience.ref_logprobs).sum(1).tolist()
+        for row in range(min(count, len(rollout))):
+            answer = rollout.answers[row]
+            sample = {
+                "step": step,
+                "prompt": decode(rollout.prompts[row].ids),
+                "response": decode(answer.ids[:-1] if answer.stopped else answer.ids),
+                "score": experience.scores[row].item(),
+                "kl": kl[row],
+                "length": len(answer.ids),
+                "truncated": not answer.stopped,
+            }
+            self._file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+
+    def close(self):
+        if self._file is not None:
+            self._file.close()

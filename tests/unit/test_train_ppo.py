@@ -1,0 +1,211 @@
+"""`megalith ppo` as users type it: the announcement's command, resuming to the bit, judges of every kind, bad input."""
+
+import http.server
+import json
+import shutil
+import threading
+
+import pytest
+import torch
+from megalith.rlhf import train_ppo
+from megalith.rlhf.errors import InputError
+from megalith.rlhf.prompts import next_prompts, read_prompts
+from megalith.rlhf.rewards import call_reward, http_reward, load_function
+from megalith.rlhf.tokenizer import byte_tokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+REWARD = """
+def reward(prompts, completions, goal, **others):
+    return [len(set(completion)) / int(steps) for completion, steps in zip(completions, goal)]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "prompts.csv").write_text('prompt,goal\nhello,2\n"a, b",3\nwhat?,2\ncount,1\nagain,5\n')
+    rows = [{"instruction": f"say {word}", "output": word} for word in ("yes", "no", "maybe", "never", "often")]
+    (tmp_path / "text.json").write_text(json.dumps(rows))
+    (tmp_path / "judge.py").write_text(REWARD)
+    return tmp_path
+
+
+def command(folder, save_path, *others):
+    given = (
+        f"{folder}/prompts.csv --pretrain llama-tiny --model llama --strategy colossalai_zero2 --save_path {save_path} "
+    )
+    given += "--prompt_format plain --max_new_tokens 8 --experience_batch_size 4 --train_batch_size 2 --ppo_epochs 2 "
+    given += "--num_episodes 2 --max_timesteps 2 --lr 1e-3 --critic_lr 1e-3 --device cpu --precision fp32 "
+    return [*(given + "--tensorboard false").split(), *others]
+
+
+def metrics(save_path):
+    rows = [json.loads(line) for line in (save_path / "metrics.jsonl").read_text().splitlines()]
+    changing = ("timing/", "eps", "tokens_per_s", "peak_memory_bytes")
+    return [{k: v for k, v in row.items() if not k.startswith(changing)} for row in rows]
+
+
+def test_the_announcements_command_and_its_output(folder, capsys):
+    out = folder / "out"
+    train_ppo.main(command(folder, out, "--pretrain_dataset", str(folder / "text.json"), "--ema_decay", "0.5"))
+    printed = capsys.readouterr().out
+    assert "5 prompts, 0 dropped" in printed and "first prompt: 'hello'" in printed
+    assert "warning: no --rm_path" in printed and "reference: " in printed and "all models at most" in printed
+    rows = metrics(out)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[-1]["episode"] == 16
+    assert rows[0]["objective/kl"] == 0 and rows[-1]["loss/ptx"] < rows[0]["loss/ptx"]
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert samples[0].keys() == {"step", "prompt", "response", "score", "kl", "length", "truncated"}
+    assert {sample["step"] for sample in samples} == {1, 2, 3, 4}
+    for name in ("actor", "actor_ema"):
+        AutoModelForCausalLM.from_pretrained(out / name, local_files_only=True)
+        assert AutoTokenizer.from_pretrained(out / name, local_files_only=True).eos_token
+    critic = AutoModelForSequenceClassification.from_pretrained(out / "critic", local_files_only=True)
+    assert critic.config.num_labels == 1 and critic.score.weight.any()
+    averaged, last = (load_file(out / name / "model.safetensors") for name in ("actor_ema", "actor"))
+    assert any(not torch.equal(averaged[name], last[name]) for name in last)
+
+
+def test_going_on_in_the_middle_gives_the_same_bits(folder):
+    options = ["--pretrain_dataset", str(folder / "text.json"), "--ema_decay", "0.9", "--kl_target", "0.5"]
+    options += ["--kl_horizon", "40", "--normalize_scores", "true", "--save_interval", "2"]
+    options += ["--reward_function", f"{folder}/judge.py:reward", "--ptx_batch_size", "3"]
+    train_ppo.main(command(folder, folder / "whole", *options))
+    shutil.copytree(
+        folder / "whole", folder / "resumed", ignore=shutil.ignore_patterns("step-00000004", "actor*", "critic")
+    )
+    for part in ("actor", "critic"):
+        source = folder / "whole" / "checkpoints" / "step-00000002" / part
+        shutil.copytree(source, folder / "resumed" / "checkpoints" / "step-00000002" / part)
+    train_ppo.main(command(folder, folder / "resumed", *options, "--resume"))
+    assert metrics(folder / "resumed") == metrics(folder / "whole")
+    assert (folder / "resumed" / "samples.jsonl").read_text() == (folder / "whole" / "samples.jsonl").read_text()
+    for part in ("actor", "critic", "actor_ema"):
+        whole, again = (load_file(folder / run / part / "model.safetensors") for run in ("whole", "resumed"))
+        assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+    with pytest.raises(SystemExit):
+        train_ppo.main(command(folder, folder / "resumed", *options[:-2], "--resume", "--seed", "3"))
+
+
+def test_trained_models_judge_and_are_trained_on(folder, capsys):
+    """The critic and the reward model come from a folder; the policy has adapters, and is its own reference."""
+    train_ppo.main(command(folder, folder / "first"))
+    before = load_file(folder / "first" / "actor" / "model.safetensors")
+    others = ["--rm_path", str(folder / "first" / "critic"), "--lora_rank", "2", "--strategy", "zero3", "--seed", "9"]
+    argv = command(folder, folder / "second", *others)
+    argv[argv.index("--pretrain") + 1] = str(folder / "first" / "actor")
+    train_ppo.main(argv)
+    printed = capsys.readouterr().out
+    assert printed.count("warning: no --rm_path") == 1 and printed.count("reference: ") == 1
+    rows = metrics(folder / "second")
+    assert rows[0]["objective/kl"] == 0 and rows[1]["objective/kl"] != 0
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(folder / "first" / "actor", local_files_only=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items() if name in before)
+    adapted = PeftModel.from_pretrained(base, folder / "second" / "actor")
+    assert any(parameter.any() for name, parameter in adapted.named_parameters() if "lora_B" in name)
+
+
+# Judges
+
+
+class _RewardServer(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert body["query"] == [p + c for p, c in zip(body["prompts"], body["completions"], strict=True)]
+        answer = {"rewards": [len(text) for text in body["query"]]} if self.path == "/get_reward" else {"error": 1}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_server_judges():
+    server = http.server.HTTPServer(("127.0.0.1", 0), _RewardServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    given = {"prompts": ["a", "bc"], "completions": ["d", ""], "goal": [1, 2]}
+    try:
+        assert call_reward(http_reward(f"{url}/get_reward"), given, 2) == [2.0, 2.0]
+        with pytest.raises(RuntimeError, match="answered without 'rewards'"):
+            call_reward(http_reward(f"{url}/other"), given, 2)
+    finally:
+        server.shutdown()
+        server.server_close()
+    with pytest.raises(RuntimeError, match="the reward server .* failed"):
+        call_reward(http_reward(f"{url}/get_reward"), given, 2)
+
+
+def test_functions_are_found_or_named(folder):
+    given = {"prompts": ["x"], "completions": ["aab"], "goal": ["2"]}
+    assert call_reward(load_function(f"{folder}/judge.py:reward"), given, 1) == [1.0]
+    for name, message in (
+        (f"{folder}/judge.py:other", "has no function 'other'"),
+        (f"{folder}/none.py:reward", "is no file"),
+        ("reward", "has to be FILE.py:FUNCTION"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_function(name)
+
+
+# Prompts
+
+
+def test_prompts_of_every_schema(tmp_path):
+    tokenizer = byte_tokenizer()
+    rows = {
+        "csv": 'prompt,goal\n"two\nlines",1\n',
+        "jsonl": '{"prompt": [{"role": "user", "content": "two\\nlines"}], "goal": "1"}\n',
+        "json": '[{"instruction": "two", "input": "\\nlines", "goal": "1"}]',
+    }
+    for suffix, text in rows.items():
+        path = tmp_path / f"rows.{suffix}"
+        path.write_text(text)
+        [prompt], dropped = read_prompts(path, tokenizer, "plain")
+        assert (tokenizer.decode(prompt.ids), prompt.columns, dropped) == ("two\nlines", {"goal": "1"}, 0)
+    (tmp_path / "chat.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}\n'
+    )
+    assert tokenizer.decode(read_prompts(tmp_path / "chat.jsonl", tokenizer, "plain")[0][0].ids) == "hi"
+
+
+def test_wrong_prompts_are_named(tmp_path):
+    path, tokenizer = tmp_path / "rows.csv", byte_tokenizer()
+    for text, message in (
+        ("prompt,goal\na,1\nb\n", "line 3: has not as many fields"),
+        ("question_text\na\n", "no field holds a prompt"),
+        ("prompt\n" + "a" * 20 + "\n", "all 1 prompts are longer than 10"),
+        ("prompt\n", "is empty"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_prompts(path, tokenizer, "plain", max_prompt_len=10)
+
+
+def test_an_epoch_visits_every_prompt_once():
+    cursor, seen = (0, 0), []
+    for _ in range(7):
+        chosen, cursor = next_prompts(7, 3, 1, cursor)
+        seen += chosen
+    assert [sorted(seen[start : start + 7]) for start in (0, 7, 14)] == [list(range(7))] * 3
+    assert seen[:7] != seen[7:14]
+    assert cursor == (3, 0)
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        (["--kl_coef", "-1"], "--kl_coef is -1.0; it has to be at least 0"),
+        (["--update_timesteps", "9"], "--update_timesteps 9 is more than there are timesteps"),
+        (["--rm_path", "x", "--reward_url", "y"], "one judge alone"),
+        (["--temperatur", "1"], "did you mean '--temperature'"),
+        (["--max_new_tokens", "5000"], "do not fit the model's 1024 positions"),
+    ],
+)
+def test_bad_options_end_with_a_line(folder, others, message, capsys):
+    with pytest.raises((SystemExit, ValueError)) as caught:
+        train_ppo.main(command(folder, folder / "out", *others))
+    assert message in capsys.readouterr().err + str(caught.value)
