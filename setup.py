@@ -31,7 +31,7 @@ setup(
     python_requires=">=3.11",
     packages=[f"megalith.{name}" for name in PACKAGES],
     package_dir={f"megalith.{name}": name for name in PACKAGES},
-    package_data={"megalith.kernels": ["*.cpp", "*.h"]},
+    package_data={"megalith.kernels": ["*.cpp", "*.h"], "megalith.rlhf": ["page/*.html"]},
     ext_modules=[cpu_kernels] if platform.system() == "Linux" else [],
     install_requires=[
         "torch>=2.11",
@@ -49,8 +49,8 @@ setup(
         "psutil",
     ],
     extras_require={
-        "serve": ["fastapi", "uvicorn"],
-        "dev": ["pytest", "hypothesis", "ruff", "pre-commit"],
+        "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client"],
+        "dev": ["pytest", "hypothesis", "ruff", "pre-commit", "openai", "httpx2", "selenium"],
     },
     entry_points={"console_scripts": ["megalith = megalith.rlhf.cli:main"]},
 )
