@@ -13,6 +13,8 @@ from .errors import InputError, exit_on_input_error, nearest
 STAGES = {
     "sft": ("train_sft", "supervised fine-tuning on instructions or conversations"),
     "ppo": ("train_ppo", "reinforcement learning from a reward model, a function or a server"),
+    "serve": ("server", "a model behind OpenAI's API and a chat page"),
+    "chat": ("chat", "a conversation in the terminal"),
 }
 
 
