@@ -71,17 +71,14 @@ class StrategyArguments:
 
 
 @dataclass(frozen=True)
-class DataArguments:
+class TextArguments:
     """What it is trained on."""
 
     dataset: str = HfArg(help="jsonl or JSON array, gzipped or not; the schema is found by its keys")
     eval_dataset: str | None = HfArg(default=None, help="held-out rows in the same formats")
     eval_fraction: float = HfArg(default=0.0, help="share of --dataset to hold out instead of --eval_dataset")
     max_datasets_size: int | None = HfArg(default=None, help="read no more than this many rows")
-    max_len: int = HfArg(default=512, help="tokens a row; longer ones are cut on the right")
-    prompt_format: Literal["auto", "chat", "alpaca", "plain"] = HfArg(
-        default="auto", help="auto: the tokenizer's chat template if it has one, else the Alpaca prompt"
-    )
+    max_len: int = HfArg(default=512, help="tokens a row; what is longer is cut")
 
     def __post_init__(self):
         _require(0 <= self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "at least 0 and below 1")
@@ -95,6 +92,24 @@ class DataArguments:
             "> 0",
         )
         _require(self.max_len >= 2, "max_len", self.max_len, "at least 2")
+
+
+@dataclass(frozen=True)
+class DataArguments(TextArguments):
+    """The same, for rows that have prompts."""
+
+    prompt_format: Literal["auto", "chat", "alpaca", "plain"] = HfArg(
+        default="auto", help="auto: the tokenizer's chat template if it has one, else the Alpaca prompt"
+    )
+
+
+@dataclass(frozen=True)
+class PackingArguments:
+    """Whether rows hold several documents."""
+
+    packing: bool = HfArg(
+        default=False, help="fill rows of --max_len tokens with whole documents, each of which sees itself alone"
+    )
 
 
 @dataclass(frozen=True)

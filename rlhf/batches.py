@@ -11,22 +11,24 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .errors import InputError
 from .losses import IGNORE
+from .packing import Pack, collate_packs
 from .templates import Sample
 
 
 @dataclass(frozen=True)
 class SampleSet:
-    samples: tuple[Sample, ...]
-    truncated: int  # cut on the right; they keep no end-of-sequence label
+    samples: tuple  # of Samples, Packs or Comparisons: whatever has a length, loss_tokens, attended, arrays, blank
+    truncated: int  # cut to the length; a Sample on the right, and then it keeps no end-of-sequence label
     dropped: int  # nothing to learn was left within the length
 
     def fingerprint(self):
         """A short digest of every token and mask, by which a resumed run recognises its data."""
         digest = hashlib.sha256()
         for sample in self.samples:
-            digest.update(sample.ids.tobytes())
-            digest.update(sample.trained.tobytes())
+            for array in sample.arrays():
+                digest.update(array.tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -48,9 +50,11 @@ def fit(samples, max_len):
 class Window:
     """The rows of one optimizer step: this rank's micro-batches, and counts over all ranks."""
 
-    micro_batches: list[list[Sample]]
+    micro_batches: list[list]
+    rows: int
     loss_tokens: int
     tokens: int
+    attended: int
     epoch: float  # how many epochs are behind it once it is done
     cursor: tuple[int, int]  # (epoch, row) at which the next window starts
 
@@ -63,7 +67,7 @@ def deal(samples, rank, world_size, batch_size):
     collectives of the others.
     """
     ordered = sorted(samples, key=len, reverse=True)
-    blank = Sample(ordered[-1].ids, np.zeros_like(ordered[-1].trained))
+    blank = ordered[-1].blank()
     rows = world_size * batch_size
     return [ordered[start : start + rows][rank::world_size] or [blank] for start in range(0, len(ordered), rows)]
 
@@ -71,6 +75,15 @@ def deal(samples, rank, world_size, batch_size):
 def epoch_order(count, seed, epoch):
     """A permutation of range(count) that depends on nothing else."""
     return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def split(samples, eval_fraction, seed):
+    """Return (training samples, held-out samples), the latter chosen by the seed."""
+    held_out = max(1, round(len(samples) * eval_fraction)) if eval_fraction else 0
+    if held_out >= len(samples):
+        raise InputError(f"--eval_fraction {eval_fraction} leaves none of {len(samples)} rows to train on")
+    order = epoch_order(len(samples), seed, epoch=0)
+    return [samples[index] for index in order[held_out:]], [samples[index] for index in order[:held_out]]
 
 
 def steps_per_epoch(count, world_size, batch_size, accumulation_steps):
@@ -89,8 +102,10 @@ def windows(samples, rank, world_size, batch_size, accumulation_steps, seed, cur
             done = min(row / len(samples), 1.0)
             yield Window(
                 micro_batches=deal(chosen, rank, world_size, batch_size),
+                rows=len(chosen),
                 loss_tokens=sum(sample.loss_tokens for sample in chosen),
                 tokens=sum(len(sample) for sample in chosen),
+                attended=sum(sample.attended for sample in chosen),
                 epoch=epoch + done,
                 cursor=(epoch, row) if row < len(samples) else (epoch + 1, 0),
             )
@@ -110,3 +125,12 @@ def collate(samples, pad_id, device):
         input_ids[row, : len(sample)] = ids
         labels[row, : len(sample)] = torch.where(torch.from_numpy(sample.trained), ids, IGNORE)
     return input_ids.to(device), labels.to(device)
+
+
+def language_model_inputs(rows, pad_id, device):
+    """Return (keywords of a causal language model's forward, labels) of a micro-batch of Samples or of Packs."""
+    if isinstance(rows[0], Pack):
+        input_ids, position_ids, labels = collate_packs(rows, pad_id, device)
+        return {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}, labels
+    input_ids, labels = collate(rows, pad_id, device)
+    return {"input_ids": input_ids, "use_cache": False}, labels

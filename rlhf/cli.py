@@ -11,6 +11,10 @@ import sys
 from .errors import InputError, exit_on_input_error, nearest
 
 STAGES = {
+    "pretrain": ("train_pretrain", "next-token loss on plain text"),
+    "cut-text": ("cut_text", "plain text as rows for pretraining, cut at the ends of sentences"),
+    "dpo": ("train_dpo", "direct preference optimisation on ranked answers"),
+    "rm": ("train_rm", "reward model from ranked answers"),
     "sft": ("train_sft", "supervised fine-tuning on instructions or conversations"),
     "ppo": ("train_ppo", "reinforcement learning from a reward model, a function or a server"),
     "serve": ("server", "a model behind OpenAI's API and a chat page"),

@@ -128,7 +128,8 @@ def _skip_space(text, position):
     return position
 
 
-def _text(row, key):
+def text_of(row, key):
+    """The string under `key` of a Row. Raises InputError that names the row where there is none."""
     if key not in row.values:
         raise InputError(f"{row.source}: field '{key}' is missing (the row has {', '.join(row.values) or 'no fields'})")
     value = row.values[key]
@@ -140,19 +141,19 @@ def _text(row, key):
 def _from_alpaca(row):
     messages = []
     if row.values.get("system"):
-        messages.append({"role": "system", "content": _text(row, "system")})
+        messages.append({"role": "system", "content": text_of(row, "system")})
     for turn in row.values.get("history") or []:
         if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
             raise InputError(f"{row.source}: field 'history' has to be a list of [question, answer] pairs")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    question = {"role": "user", "content": _text(row, "instruction")}
+    question = {"role": "user", "content": text_of(row, "instruction")}
     if row.values.get("input"):
-        question["input"] = _text(row, "input")
-    messages += [question, {"role": "assistant", "content": _text(row, "output")}]
+        question["input"] = text_of(row, "input")
+    messages += [question, {"role": "assistant", "content": text_of(row, "output")}]
     return Conversation(tuple(messages), row.source)
 
 
-def _messages(row, key, turns):
+def messages_of(row, key, turns):
     """Messages in either spelling, role/content or from/value (and any mixture of the two)."""
     if not isinstance(turns, list) or not turns:
         raise InputError(f"{row.source}: field '{key}' has to be a list of messages that is not empty")
@@ -178,7 +179,7 @@ def _messages(row, key, turns):
 
 def _from_messages(key):
     def convert(row):
-        messages = _messages(row, key, row.values[key])
+        messages = messages_of(row, key, row.values[key])
         if not any(message["role"] == "assistant" for message in messages):
             raise InputError(f"{row.source}: field '{key}' has no assistant turn, so there is nothing to train on")
         tools = row.values.get("tools")
@@ -190,8 +191,8 @@ def _from_messages(key):
 def _from_pair(prompt, completion):
     def side(row, key, role):
         if isinstance(row.values.get(key), list):
-            return _messages(row, key, row.values[key])
-        return [{"role": role, "content": _text(row, key)}]
+            return messages_of(row, key, row.values[key])
+        return [{"role": role, "content": text_of(row, key)}]
 
     def convert(row):
         messages = side(row, prompt, "user") + side(row, completion, "assistant")
@@ -240,3 +241,8 @@ def read_conversations(path, limit=None):
             if key not in row.values:
                 raise InputError(f"{row.source}: field '{key}' is missing (schema {schema.name})")
     return schema, [schema.convert(row) for row in rows]
+
+
+def read_texts(path, limit=None):
+    """The `text` of every row of the file."""
+    return [text_of(row, "text") for row in read_rows(path, limit)]

@@ -17,6 +17,48 @@ def peak_memory_bytes(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+class Throughput:
+    """Tokens a second over all ranks, and TFLOPS a rank, of the steps since the last line.
+
+    Operations are those of the model's mathematics: 2 a weight and token forward, 4 backward (2 for a frozen weight),
+    and of causal attention 4 · layers · width for every pair of tokens forward, twice that backward. What gradient
+    checkpointing computes again, and padding, are not counted.
+    """
+
+    def __init__(self, model, world_size):
+        self._world_size = world_size
+        # An embedding that is only looked up multiplies nothing; one tied to the head is the head.
+        looked_up = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        if head is not None:
+            looked_up -= {id(head.weight)}
+        multiplied = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in looked_up]
+        self._flops_a_token = sum((6 if p.requires_grad else 4) * p.numel() for p in multiplied)
+        config = model.config.get_text_config()
+        self._flops_a_pair = 12 * config.num_hidden_layers * config.hidden_size
+        self._tokens = self._attended = 0
+
+    def after_step(self, window):
+        self._tokens += window.tokens
+        self._attended += window.attended
+
+    def numbers(self, elapsed_s):
+        flops = self._tokens * self._flops_a_token + self._attended * self._flops_a_pair
+        tokens, self._tokens, self._attended = self._tokens, 0, 0
+        return {"tokens_per_s": tokens / elapsed_s, "tflops": flops / elapsed_s / self._world_size / 1e12}
+
+
+class PeakMemory:
+    def __init__(self, device):
+        self._device = device
+
+    def after_step(self, window):
+        pass
+
+    def numbers(self, elapsed_s):
+        return {"peak_memory_bytes": peak_memory_bytes(self._device)}
+
+
 def memory_table(report):
     """The lines of `engine.memory_report` that are not zero: tier, payload, MB now and at the peak."""
     rows = [

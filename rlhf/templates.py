@@ -46,6 +46,20 @@ class Sample:
     def loss_tokens(self):
         return int(self.trained[1:].sum())
 
+    @property
+    def attended(self):
+        """Pairs of tokens of which one attends to the other, for counting operations."""
+        return len(self) * (len(self) + 1) // 2
+
+    def arrays(self):
+        """What makes it different from another, for fingerprints."""
+        yield self.ids
+        yield self.trained
+
+    def blank(self):
+        """One like it with nothing to learn: a rank without work still takes part in the collectives of the others."""
+        return Sample(self.ids, np.zeros_like(self.trained))
+
 
 def prompt_renderer(tokenizer, prompt_format):
     """Return render(messages, add_generation_prompt, tools) -> str for "auto", "chat", "alpaca" or "plain".

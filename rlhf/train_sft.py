@@ -7,38 +7,42 @@ or `megalith sft …` with the same options. The loss of a step is the mean over
 over all ranks and micro-batches: how rows are split among them does not change it.
 """
 
-import itertools
 import sys
-import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import get_scheduler
 
-from .. import engine
-from . import checkpoints
 from .arguments import (
     DataArguments,
+    LoraArguments,
     ModelArguments,
     OptimizationArguments,
     OutputArguments,
+    PackingArguments,
     StrategyArguments,
     parse,
-    resolved,
-    write_config,
 )
-from .batches import collate, deal, epoch_order, fit, steps_per_epoch, windows
+from .batches import deal, fit, language_model_inputs, split
 from .data import read_conversations
 from .errors import InputError, exit_on_input_error
+from .lora import add_adapters
 from .losses import completion_loss_sum
-from .metrics import MetricsLog, memory_table, peak_memory_bytes
-from .models import build_on_meta, decay_groups, load_source
-from .strategy import check_world_size, choose_device, engine_options, process_group
+from .models import build_on_meta, load_source
+from .packing import check_packable, pack
+from .strategy import process_group
 from .templates import encode, prompt_renderer, segments_of
 from .tokenizer import pad_id
+from .training import TrainingRun, prepare
 
-GROUPS = (ModelArguments, StrategyArguments, DataArguments, OptimizationArguments, OutputArguments)
+GROUPS = (
+    ModelArguments,
+    LoraArguments,
+    StrategyArguments,
+    DataArguments,
+    PackingArguments,
+    OptimizationArguments,
+    OutputArguments,
+)
 
 
 def load_samples(path, tokenizer, data_args, limit=None):
@@ -52,15 +56,6 @@ def load_samples(path, tokenizer, data_args, limit=None):
             f"{path}: all {len(samples)} prompts fill --max_len {data_args.max_len} tokens, so nothing is left to learn"
         )
     return schema.name, sample_set
-
-
-def split(samples, eval_fraction, seed):
-    """Return (training samples, held-out samples), the latter chosen by the seed."""
-    held_out = max(1, round(len(samples) * eval_fraction)) if eval_fraction else 0
-    if held_out >= len(samples):
-        raise InputError(f"--eval_fraction {eval_fraction} leaves none of {len(samples)} rows to train on")
-    order = epoch_order(len(samples), seed, epoch=0)
-    return [samples[index] for index in order[held_out:]], [samples[index] for index in order[:held_out]]
 
 
 def describe_data(path, schema, sample_set, tokenizer):
@@ -86,136 +81,61 @@ def evaluate(model, samples, deal_to, pad, device):
     model.eval()
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for micro_batch in deal(samples, *deal_to):
-        input_ids, labels = collate(micro_batch, pad, device)
-        loss_sum += completion_loss_sum(model(input_ids=input_ids, use_cache=False).logits, labels)
+        inputs, labels = language_model_inputs(micro_batch, pad, device)
+        loss_sum += completion_loss_sum(model(**inputs).logits, labels)
     dist.all_reduce(loss_sum)
     model.train()
-    return loss_sum.item() / sum(sample.loss_tokens for sample in samples)
+    return {"eval_loss": loss_sum.item() / sum(sample.loss_tokens for sample in samples)}
 
 
-def train(model_args, strategy_args, data_args, optim_args, output_args):
-    groups = (model_args, strategy_args, data_args, optim_args, output_args)
-    save_path = Path(output_args.save_path)
+def train_on(samples, held_out, fingerprint, model, source, ranks, preparation, groups):
+    """Train `model` on samples; the loop of supervised fine-tuning and of pretraining. Returns the finished run."""
+    optim_args = next(group for group in groups if isinstance(group, OptimizationArguments))
+    output_args = next(group for group in groups if isinstance(group, OutputArguments))
+    pad, device = pad_id(source.tokenizer), preparation.device
+    run = TrainingRun(model, source, samples, ranks, preparation, optim_args, output_args, groups, fingerprint)
+    deal_to = (ranks.rank, ranks.world_size, optim_args.batch_size)
+    if held_out and run.step == 0:
+        run.log_evaluation(evaluate(model, held_out, deal_to, pad, device))
+
+    for window in run.windows():
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        for micro_batch in window.micro_batches:
+            inputs, labels = language_model_inputs(micro_batch, pad, device)
+            loss = completion_loss_sum(model(**inputs).logits, labels)
+            run.backward(loss, window.loss_tokens)
+            loss_sum += loss.detach()
+        run.finish_step(window, {"loss": loss_sum}, window.loss_tokens)
+        if held_out and run.evaluates_now:
+            run.log_evaluation(evaluate(model, held_out, deal_to, pad, device))
+        run.save_if_due()
+    return run
+
+
+def train(model_args, lora_args, strategy_args, data_args, packing_args, optim_args, output_args):
+    groups = (model_args, lora_args, strategy_args, data_args, packing_args, optim_args, output_args)
 
     # Everything that a user can get wrong is read before any rank waits for another.
-    check_world_size(strategy_args)
-    device = choose_device(strategy_args.device)
-    options = engine_options(strategy_args, device, optim_args.max_grad_norm, optim_args.seed)
-    checkpoint = checkpoints.choose(save_path, output_args.resume)
+    preparation = prepare(strategy_args, optim_args, output_args)
     source = load_source(model_args)
-    tokenizer, pad = source.tokenizer, pad_id(source.tokenizer)
-    model = build_on_meta(source, model_args.gradient_checkpointing)
-    schema, sample_set = load_samples(data_args.dataset, tokenizer, data_args, data_args.max_datasets_size)
-    samples, eval_samples = split(sample_set.samples, data_args.eval_fraction, optim_args.seed)
+
+    def build():
+        return build_on_meta(source, model_args.gradient_checkpointing)
+
+    model = add_adapters(build(), lora_args, optim_args.seed)
+    schema, found = load_samples(data_args.dataset, source.tokenizer, data_args, data_args.max_datasets_size)
+    samples, held_out = split(found.samples, data_args.eval_fraction, optim_args.seed)
     if data_args.eval_dataset:
-        eval_samples = load_samples(data_args.eval_dataset, tokenizer, data_args)[1].samples
-    data_key = {"fingerprint": sample_set.fingerprint(), "samples": len(samples), "seed": optim_args.seed}
+        held_out = load_samples(data_args.eval_dataset, source.tokenizer, data_args)[1].samples
+    if packing_args.packing:
+        check_packable(source.config)
+        samples = pack(samples, data_args.max_len)
 
-    with process_group(device) as ranks:
-        deal_to = (ranks.rank, ranks.world_size, optim_args.batch_size)
-        steps_an_epoch = steps_per_epoch(
-            len(samples), ranks.world_size, optim_args.batch_size, optim_args.accumulation_steps
-        )
-        total_steps = optim_args.max_steps or optim_args.max_epochs * steps_an_epoch
+    with process_group(preparation.device) as ranks:
         if ranks.is_first:
-            describe_data(data_args.dataset, schema, sample_set, tokenizer)
-            print(engine.plan(model, world_size=ranks.world_size, **options), flush=True)
-            save_path.mkdir(parents=True, exist_ok=True)
-            write_config(save_path / "arguments.yaml", groups)
-
-        optimizer = torch.optim.AdamW(
-            decay_groups(model, optim_args.weight_decay),
-            lr=optim_args.lr,
-            betas=(optim_args.adam_beta1, optim_args.adam_beta2),
-        )
-        model, optimizer = engine.initialize(model, optimizer, pretrained=source.folder, device=device, **options)
-        model.train()
-        warmup_steps = round(optim_args.warmup_ratio * total_steps)
-        scheduler = get_scheduler(optim_args.lr_scheduler_type, optimizer, warmup_steps, total_steps)
-        torch.manual_seed(optim_args.seed + ranks.rank)  # dropout differs between ranks
-
-        step, cursor, loss_sum, loss_tokens = 0, (0, 0), 0.0, 0
-        if checkpoint is not None:
-            state = engine.load_checkpoint(checkpoint, model, optimizer)
-            checkpoints.check_data(checkpoint, state["data"], data_key)
-            step, cursor = state["step"], tuple(state["cursor"])
-            loss_sum, loss_tokens = state["loss_sum"], state["loss_tokens"]
-            checkpoints.restore_scheduler(scheduler, optimizer, state["scheduler"])
-
-        log = MetricsLog(
-            save_path,
-            ranks.is_first,
-            step,
-            total_steps,
-            output_args.tensorboard,
-            output_args.wandb_project,
-            resolved(groups),
-        )
-        if eval_samples and step == 0:
-            log.write({"step": 0, "eval_loss": evaluate(model, eval_samples, deal_to, pad, device)})
-        interval_start, interval_step, tokens = time.perf_counter(), step, 0
-
-        for window in itertools.islice(
-            windows(samples, *deal_to, optim_args.accumulation_steps, optim_args.seed, cursor), total_steps - step
-        ):
-            window_loss = torch.zeros((), dtype=torch.float64, device=device)
-            for micro_batch in window.micro_batches:
-                input_ids, labels = collate(micro_batch, pad, device)
-                loss = completion_loss_sum(model(input_ids=input_ids, use_cache=False).logits, labels)
-                # The engine averages gradients over the ranks; what is wanted is their sum over the tokens of the
-                # whole window.
-                optimizer.backward(loss * (ranks.world_size / window.loss_tokens))
-                window_loss += loss.detach()
-            rate = scheduler.get_last_lr()[0]
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-            dist.all_reduce(window_loss)
-            step += 1
-            loss_sum += window_loss.item()
-            loss_tokens += window.loss_tokens
-            tokens += window.tokens
-            log.advance()
-
-            if step % output_args.log_interval == 0 or step == total_steps:
-                elapsed_s = time.perf_counter() - interval_start
-                log.write(
-                    {
-                        "step": step,
-                        "epoch": window.epoch,
-                        "loss": loss_sum / loss_tokens,
-                        "lr": rate,
-                        "grad_norm": optimizer.grad_norm,
-                        "tokens_per_s": tokens / elapsed_s,
-                        "step_time_s": elapsed_s / (step - interval_step),
-                        "skipped_steps": optimizer.skipped_steps,
-                        "peak_memory_bytes": peak_memory_bytes(device),
-                    }
-                )
-                loss_sum, loss_tokens, tokens = 0.0, 0, 0
-                interval_start, interval_step = time.perf_counter(), step
-            at_end = step == total_steps
-            if eval_samples and (at_end or (output_args.eval_interval and step % output_args.eval_interval == 0)):
-                log.write({"step": step, "eval_loss": evaluate(model, eval_samples, deal_to, pad, device)})
-            if output_args.save_interval and step % output_args.save_interval == 0:
-                state = {
-                    "step": step,
-                    "cursor": window.cursor,
-                    "loss_sum": loss_sum,
-                    "loss_tokens": loss_tokens,
-                    "scheduler": scheduler.state_dict(),
-                    "data": data_key,
-                }
-                engine.save_checkpoint(checkpoints.path_for(save_path, step), model, optimizer, state=state)
-                if ranks.is_first:
-                    checkpoints.prune(save_path, output_args.save_total_limit)
-
-        log.close()
-        engine.save_pretrained(save_path, model)
-        if ranks.is_first:
-            tokenizer.save_pretrained(save_path)
-            print(memory_table(engine.memory_report(model)))
-            print(f"saved to {save_path}", flush=True)
+            describe_data(data_args.dataset, schema, found, source.tokenizer)
+        run = train_on(samples, held_out, found.fingerprint(), model, source, ranks, preparation, groups)
+        run.finish(source, lora_args, build)
 
 
 def main(argv=None):

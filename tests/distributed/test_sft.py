@@ -1,40 +1,18 @@
 """Supervised fine-tuning end to end, through the commands that users type, on rows of GSM8K."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from megalith.rlhf import train_sft
 from safetensors.torch import load_file
+from stages import torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
 STEPS = 6
-
-
-def torchrun(*argv, timeout_s=240):
-    """Run the stage on two ranks; returns (exit status, output). No process outlives it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = subprocess.Popen(
-        [*command, "-m", "megalith.rlhf.train_sft", *map(str, argv)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail(f"still running after {timeout_s} s:\n{process.communicate()[0]}")
-    return process.returncode, output
 
 
 def options(dataset, save_path, strategy, accumulation_steps):
@@ -62,7 +40,7 @@ def dataset(tmp_path_factory):
 @pytest.fixture(scope="module")
 def zero3_run(dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero3")
-    status, output = torchrun(*options(dataset, folder, "colossalai_zero3", accumulation_steps=2))
+    status, output = torchrun("train_sft", *options(dataset, folder, "colossalai_zero3", accumulation_steps=2))
     assert status == 0, output
     return folder, output
 
@@ -88,7 +66,7 @@ def test_a_restart_in_the_middle_gives_the_same_bits(zero3_run, dataset, tmp_pat
     folder, _ = zero3_run
     resumed = tmp_path / "resumed"
     shutil.copytree(folder, resumed, ignore=shutil.ignore_patterns("step-00000006", "model.safetensors"))
-    status, output = torchrun(*options(dataset, resumed, "zero3", accumulation_steps=2), "--resume")
+    status, output = torchrun("train_sft", *options(dataset, resumed, "zero3", accumulation_steps=2), "--resume")
     assert status == 0, output
     assert metrics(resumed) == metrics(folder)
     whole, again = load_file(folder / "model.safetensors"), load_file(resumed / "model.safetensors")
@@ -108,7 +86,7 @@ def test_one_rank_and_another_stage_have_the_same_curve(zero3_run, dataset, tmp_
 def test_a_wrong_row_ends_both_ranks_with_its_line(dataset, tmp_path):
     path = tmp_path / "wrong.jsonl"
     path.write_text(dataset.read_text() + '{"question": "2+2?"}\n')
-    status, output = torchrun(*options(path, tmp_path / "out", "zero3", 1), timeout_s=60)
+    status, output = torchrun("train_sft", *options(path, tmp_path / "out", "zero3", 1), timeout_s=60)
     assert status != 0
     assert f"error: {path}, line 65: field 'answer' is missing" in output
     assert not (tmp_path / "out").exists()

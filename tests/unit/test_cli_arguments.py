@@ -25,7 +25,7 @@ def test_the_command_of_the_announcement_parses():
         "--pretrain /models/llama-7B --model llama --strategy colossalai_zero2 --log_interval 10 --save_path out "
         "--dataset data.json --batch_size 4 --accimulation_steps 8 --lr 2e-5"
     )
-    model, strategy, data, optim, output = options(*argv.split())
+    model, _, strategy, data, _, optim, output = options(*argv.split())
     assert (model.pretrain, model.model, strategy.strategy) == ("/models/llama-7B", "llama", "colossalai_zero2")
     assert (data.dataset, output.save_path, output.log_interval) == ("data.json", "out", 10)
     assert (optim.batch_size, optim.accumulation_steps, optim.lr) == (4, 8, 2e-5)
@@ -35,7 +35,7 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
     path = write_yaml(
         tmp_path, "pretrain: llama-tiny\ndataset: a.jsonl\nlr: 1e-3\nbatch_size: 2\nresume: true\nmax_steps: null\n"
     )
-    _, _, data, optim, output = options("--batch_size", "7", "--config", path)
+    _, _, _, data, _, optim, output = options("--batch_size", "7", "--config", path)
     assert (data.dataset, optim.lr, optim.batch_size, optim.seed) == ("a.jsonl", 1e-3, 7, 42)
     assert output.resume is True
     assert optim.max_steps is None

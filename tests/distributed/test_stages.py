@@ -1,0 +1,114 @@
+"""Pretraining, reward model and DPO end to end: they learn, two ranks are one rank, and a restart changes no bit."""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from megalith.rlhf import train_dpo, train_pretrain, train_reward_model, train_rm, train_sft
+from megalith.rlhf.reward_model import normalized
+from peft import PeftModel
+from safetensors.torch import load_file
+from stages import metrics, torchrun
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+COMMON = "--pretrain llama-tiny --device cpu --precision fp32 --log_interval 1 --tensorboard false --lr 3e-3"
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def words(rng):
+    return "".join(rng.choice("abcd") for _ in range(rng.randint(3, 6)))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("data"), random.Random(0)
+    asked = [words(rng) for _ in range(48)]
+    return {
+        "pairs": write(folder / "pairs.jsonl", [{"prompt": q, "chosen": q, "rejected": q[::-1] + "x"} for q in asked]),
+        "texts": write(folder / "texts.jsonl", [{"text": q * rng.randint(1, 4)} for q in asked]),
+        "answers": write(folder / "answers.jsonl", [{"prompt": q, "completion": q} for q in asked]),
+    }
+
+
+def options(stage, data, save_path, steps=6, **others):
+    given = f"{COMMON} --save_path {save_path} --batch_size 4 --accumulation_steps 2 --max_steps {steps} --max_len 48 "
+    given += {
+        "pretrain": f"--dataset {data['texts']}",
+        "sft": f"--dataset {data['answers']} --prompt_format plain --packing --lora_rank 4",
+        "rm": f"--dataset {data['pairs']} --prompt_format plain --eval_fraction 0.25",
+        "dpo": f"--dataset {data['pairs']} --prompt_format plain",
+    }[stage]
+    return given.split() + [text for name, value in others.items() for text in (f"--{name}", str(value))]
+
+
+MAINS = {"pretrain": train_pretrain.main, "sft": train_sft.main, "rm": train_rm.main, "dpo": train_dpo.main}
+
+
+@pytest.mark.parametrize("stage", MAINS)
+def test_it_learns_and_a_restart_in_the_middle_gives_the_same_bits(stage, data, tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    MAINS[stage](options(stage, data, whole, save_interval=3))
+    losses = [row["loss"] for row in metrics(whole) if "loss" in row]
+    assert losses[-1] < losses[0] * 0.95
+    shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("step-00000006", "*.safetensors"))
+    shutil.copytree(
+        whole / "checkpoints" / "step-00000003", resumed / "checkpoints" / "step-00000003", dirs_exist_ok=True
+    )
+    MAINS[stage]([*options(stage, data, resumed, save_interval=3), "--resume"])
+    assert metrics(resumed) == metrics(whole)
+    name = "adapter_model.safetensors" if stage == "sft" else "model.safetensors"
+    one, other = load_file(whole / name), load_file(resumed / name)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_two_ranks_with_adapters_are_one_rank_of_the_same_reward_model(data, tmp_path):
+    base = tmp_path / "base"
+    train_sft.main(options("sft", data, base, steps=1, lora_rank=0))  # its last flag counts
+    others = {"lora_rank": 4, "lora_merge": True, "pretrain": base}
+    status, output = torchrun(
+        "train_reward_model", *options("rm", data, tmp_path / "two", strategy="colossalai_zero3", **others)
+    )
+    assert status == 0, output
+    assert "schema preference, 48 comparisons of 96 answers" in output
+    others["accumulation_steps"] = 4
+    train_reward_model.main(options("rm", data, tmp_path / "one", strategy="zero2_cpu", **others))
+    for row, expected in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        assert row == pytest.approx(expected, rel=1e-4)
+
+    # The merged model, and the adapter on the base, score as they did in training; the statistics are of those scores.
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "two", local_files_only=True).eval()
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, local_files_only=True)
+    adapted = PeftModel.from_pretrained(plain, tmp_path / "two" / "adapter").eval()
+    ids = torch.tensor([[97, 98, 99, 97, 98, 99, 256]])
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-5, rtol=0)
+    last = metrics(tmp_path / "two")[-1]
+    assert normalized(torch.tensor(last["mean"]), merged.config) == pytest.approx(0, abs=1e-5)
+    assert merged.config.std == pytest.approx(last["std"])
+
+
+def test_dpo_starts_at_ln_2_and_the_reference_without_adapters_is_a_copy(data, tmp_path):  # D1
+    base = tmp_path / "base"
+    train_pretrain.main(options("pretrain", data, base, steps=1))
+    train_dpo.main(options("dpo", data, tmp_path / "lora", pretrain=base, lora_rank=4, steps=3, eval_fraction=0.25))
+    rows = metrics(tmp_path / "lora")
+    ln2 = pytest.approx(0.693147, abs=1e-6)
+    assert rows[0] == {"step": 0, "eval_loss": ln2, "eval_accuracy": 0.5, "eval_margin": 0}
+    assert rows[1]["loss"] == ln2
+    train_dpo.main(options("dpo", data, tmp_path / "full", pretrain=base, steps=3, eval_fraction=0.25))
+    assert metrics(tmp_path / "full")[0] == rows[0]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "full", local_files_only=True)
+
+
+def test_a_packed_run_of_a_family_that_cannot_is_refused_before_anything_is_written(data, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train_pretrain.main(options("pretrain", data, tmp_path / "out", pretrain="opt-tiny"))
+    assert "--packing: opt does not tell" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
