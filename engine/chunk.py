@@ -13,9 +13,12 @@ from enum import Enum
 import torch
 
 from ..kernels import join_master, split_master
-from .config import EngineConfig, Precision
+from .config import Precision
+from .disk_tensor import DiskTensor, in_memory
 from .lanes import Event
 from .layout import ChunkSpec, Slot
+from .placement import ChunkPlacement, disk_name
+from .staging import Staging
 from .tiers import Payload, Storage, Tier
 
 
@@ -25,72 +28,6 @@ class ShardState(Enum):
 
     SHARDED = "sharded"
     UNSHARDED = "unsharded"
-
-
-@dataclass(frozen=True)
-class ChunkPlacement:
-    """How one chunk is stored on one rank: a pure function of the options, so that the plan and the run share it."""
-
-    sharded: bool
-    """The weights are freed between uses."""
-    weight_tier: Tier
-    optimizer_tier: Tier
-    owned: tuple[int, int]
-    """[start, stop) of the elements whose optimizer state, and in stage 3 whose weight, this rank keeps."""
-    precision: Precision
-
-    @property
-    def owned_numel(self) -> int:
-        return self.owned[1] - self.owned[0]
-
-    def payload_bytes(self, spec: ChunkSpec) -> dict[tuple[Tier, Payload], int]:
-        """Bytes at rest by tier and payload."""
-        rest_numel = self.owned_numel if self.sharded else spec.numel
-        result = {(self.weight_tier, Payload.WEIGHT): rest_numel * spec.dtype.itemsize}
-        if spec.trainable:
-            tier = self.optimizer_tier
-            master_itemsize = {Precision.FP32: 0, Precision.BF16: 2, Precision.FP16: 4}[self.precision]
-            if master_itemsize:
-                result[tier, Payload.MASTER] = self.owned_numel * master_itemsize
-            result[tier, Payload.EXP_AVG] = result[tier, Payload.EXP_AVG_SQ] = self.owned_numel * 4
-            if tier is Tier.HOST:
-                result[tier, Payload.GRADIENT] = self.owned_numel * spec.dtype.itemsize
-        return result
-
-
-def place_chunks(specs: list[ChunkSpec], config: EngineConfig, rank: int, world_size: int) -> list[ChunkPlacement]:
-    """Place every chunk of a model, given in execution order. Offloaded are the first ones: the last of the forward
-    pass are the first of the backward pass, so that those cost no transfer when they stay."""
-    weight_on_host = _first_fraction(specs, config.weight_offload_fraction, lambda spec: True)
-    state_on_host = _first_fraction(specs, config.optimizer_offload_fraction, lambda spec: spec.trainable)
-    result = []
-    for index, spec in enumerate(specs):
-        weight_tier = Tier.HOST if index in weight_on_host else Tier.DEVICE
-        sharded = weight_tier is Tier.HOST or (config.zero_stage == 3 and world_size > 1)
-        # A frozen chunk has no optimizer state to share out, and below stage 3 every rank keeps all of its weights.
-        whole = config.zero_stage == 0 or world_size == 1 or (config.zero_stage < 3 and not spec.trainable)
-        result.append(
-            ChunkPlacement(
-                sharded,
-                weight_tier,
-                Tier.HOST if index in state_on_host else Tier.DEVICE,
-                (0, spec.numel) if whole else spec.shard_range(rank, world_size),
-                Precision(config.precision),
-            )
-        )
-    return result
-
-
-def _first_fraction(specs: list[ChunkSpec], fraction: float, counts) -> set[int]:
-    """Indices of the first of those that count, up to `fraction` of their bytes, to the nearest chunk."""
-    wanted = fraction * sum(spec.nbytes for spec in specs if counts(spec))
-    taken: set[int] = set()
-    taken_bytes = 0
-    for index, spec in enumerate(specs):
-        if counts(spec) and taken_bytes + spec.nbytes / 2 <= wanted:
-            taken.add(index)
-            taken_bytes += spec.nbytes
-    return taken
 
 
 @dataclass(frozen=True)
@@ -129,18 +66,18 @@ class Chunk:
             self.full = storage.zeros(Tier.DEVICE, Payload.WEIGHT, spec.numel, spec.dtype)
         self.views = {slot.fqn: self.full[slot.offset_numel : slot.stop_numel].view(slot.shape) for slot in spec.slots}
         start, stop = placement.owned
-        self.weight: torch.Tensor  # 1D [owned_numel], the owned part of the weights at rest
+        # What follows is 1D [owned_numel], and on a drive where the placement says so.
+        self.weight: torch.Tensor | DiskTensor  # the owned part of the weights at rest
         if placement.sharded:
-            self.weight = storage.zeros(placement.weight_tier, Payload.WEIGHT, placement.owned_numel, spec.dtype)
+            self.weight = self._zeros(placement.weight_tier, Payload.WEIGHT, spec.dtype)
         else:
             self.weight = self.full[start:stop]
-        self.remainder: torch.Tensor | None = None  # 1D int16 [owned_numel], bf16 only
-        self.master: torch.Tensor | None = None  # 1D float32 [owned_numel], fp16 only
-        self.exp_avg: torch.Tensor | None = None  # 1D float32 [owned_numel]
-        self.exp_avg_sq: torch.Tensor | None = None  # 1D float32 [owned_numel]
-        self.host_grad: torch.Tensor | None = (
-            None  # 1D [owned_numel], where gradients land when the state is on the host
-        )
+        self.remainder: torch.Tensor | DiskTensor | None = None  # int16, bf16 only
+        self.master: torch.Tensor | DiskTensor | None = None  # float32, fp16 only
+        self.exp_avg: torch.Tensor | DiskTensor | None = None  # float32
+        self.exp_avg_sq: torch.Tensor | DiskTensor | None = None  # float32
+        self.rest_grad: torch.Tensor | DiskTensor | None = None
+        """Where gradients wait for the step, off the device."""
         self.pending: Event | None = None
         """An update that `step()` has published: until then, weight and state at rest are those of the step before."""
         if spec.trainable:
@@ -154,15 +91,23 @@ class Chunk:
             self.pending = None
 
     def _allocate_state(self) -> None:
-        tier, numel = self.placement.optimizer_tier, self.placement.owned_numel
+        tier = self.placement.optimizer_tier
         if self.placement.precision is Precision.BF16:
-            self.remainder = self._storage.zeros(tier, Payload.MASTER, numel, torch.int16)
+            self.remainder = self._zeros(tier, Payload.MASTER, torch.int16)
         if self.placement.precision is Precision.FP16:
-            self.master = self._storage.zeros(tier, Payload.MASTER, numel, torch.float32)
-        self.exp_avg = self._storage.zeros(tier, Payload.EXP_AVG, numel, torch.float32)
-        self.exp_avg_sq = self._storage.zeros(tier, Payload.EXP_AVG_SQ, numel, torch.float32)
-        if tier is Tier.HOST:
-            self.host_grad = self._storage.zeros(tier, Payload.GRADIENT, numel, self.spec.dtype)
+            self.master = self._zeros(tier, Payload.MASTER, torch.float32)
+        self.exp_avg = self._zeros(tier, Payload.EXP_AVG, torch.float32)
+        self.exp_avg_sq = self._zeros(tier, Payload.EXP_AVG_SQ, torch.float32)
+        if self.placement.gradient_tier is Tier.HOST:
+            self.rest_grad = self._zeros(Tier.HOST, Payload.GRADIENT, self.spec.dtype)
+        elif self.placement.gradient_tier is Tier.NVME:
+            self.rest_grad = self._zeros(Tier.NVME, Payload.GRADIENT, torch.float32)
+
+    def _zeros(self, tier: Tier, payload: Payload, dtype: torch.dtype) -> torch.Tensor | DiskTensor:
+        numel = self.placement.owned_numel
+        if tier is not Tier.NVME:
+            return self._storage.zeros(tier, payload, numel, dtype)
+        return self._storage.on_disk(payload, disk_name(self.name, payload), numel, dtype)
 
     # Weights
 
@@ -185,10 +130,14 @@ class Chunk:
         self.full.untyped_storage().resize_(0)
         self.state = ShardState.SHARDED
 
-    def copy_weight_in(self) -> None:
+    def copy_weight_in(self, staging: Staging) -> None:
         """This rank's weights at rest into their place in `full`."""
-        if self.placement.sharded:
-            start, stop = self.placement.owned
+        if not self.placement.sharded:
+            return
+        start, stop = self.placement.owned
+        if isinstance(self.weight, DiskTensor):
+            staging.read(self.weight, self.full.data[start:stop])
+        else:
             self.full.data[start:stop].copy_(self.weight, non_blocking=True)
 
     def load_full(self, values: torch.Tensor) -> None:
@@ -203,27 +152,36 @@ class Chunk:
         """Take weight and master of the owned elements in `part` from full-precision values. Of a chunk that is neither
         sharded nor wholly owned, the caller gathers the rest."""
         self.settle()
-        if self.remainder is not None:
-            weight, remainder = self.weight.data[part], self.remainder[part]
-            if values.device == weight.device == remainder.device:
-                split_master(values, out=(weight, remainder))
-            else:
-                high, low = split_master(values)
-                weight.copy_(high)
-                remainder.copy_(low)
+        weight = self.weight[part] if isinstance(self.weight, DiskTensor) else self.weight.data[part]
+        if self.remainder is None:
+            weight.copy_(values)
+            if self.master is not None:
+                self.master[part].copy_(values)
             return
-        self.weight.data[part].copy_(values)
-        if self.master is not None:
-            self.master[part].copy_(values)
+        remainder = self.remainder[part]
+        in_place = isinstance(weight, torch.Tensor) and isinstance(remainder, torch.Tensor)
+        if in_place and values.device == weight.device == remainder.device:
+            split_master(values, out=(weight, remainder))
+        else:
+            high, low = split_master(values)
+            weight.copy_(high)
+            remainder.copy_(low)
+
+    def load_moment(self, payload: str, values: torch.Tensor, part: slice) -> None:
+        """Take "exp_avg" or "exp_avg_sq" of the owned elements in `part`."""
+        self.settle()
+        getattr(self, payload)[part].copy_(values)
 
     def values_of(self, payload: str, part: slice) -> torch.Tensor:
-        """The owned elements in `part` of "weight", "master" (float32, full precision), "exp_avg" or "exp_avg_sq"."""
+        """The owned elements in `part` of "weight", "master" (float32, full precision), "exp_avg" or "exp_avg_sq"; what
+        is on a drive is read."""
         self.settle()
         if payload != "master":
-            return getattr(self, payload)[part]
+            return in_memory(getattr(self, payload)[part])
         if self.remainder is not None:
-            return join_master(self.weight[part].to(self.remainder.device), self.remainder[part])
-        return (self.weight if self.master is None else self.master)[part]
+            remainder = in_memory(self.remainder[part])
+            return join_master(in_memory(self.weight[part]).to(remainder.device), remainder)
+        return in_memory((self.weight if self.master is None else self.master)[part])
 
     def owned_slots(self) -> Iterator[OwnedSlot]:
         """The parts of this chunk's parameters in the owned range, in storage order."""

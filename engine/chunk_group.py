@@ -6,6 +6,7 @@ from .chunk import Chunk, ShardState
 from .collectives import RankGroup, all_gather_
 from .gradients import ChunkGradient, GradientTraffic
 from .lanes import Event, Lane
+from .staging import Staging
 from .tiers import Tier
 
 
@@ -21,6 +22,7 @@ class ChunkGroup:
         group: RankGroup,
         lane: Lane,
         copy_lane: Lane,
+        staging: Staging,
         traffic: GradientTraffic,
     ) -> None:
         self.name = name
@@ -30,6 +32,7 @@ class ChunkGroup:
         self._group = group
         self._lane = lane
         self._copy_lane = copy_lane
+        self._staging = staging  # of the copy lane
         self._event: Event | None = None
         self._stale = [chunk for chunk in chunks if chunk.placement.sharded]
         """Chunks whose `full` does not hold the weights."""
@@ -68,15 +71,15 @@ class ChunkGroup:
         if not self._stale:
             return
         stale, self._stale = self._stale, []
-        from_host = [chunk for chunk in stale if chunk.placement.weight_tier is Tier.HOST]
+        offloaded = [chunk for chunk in stale if chunk.placement.weight_tier is not Tier.DEVICE]
         for chunk in stale:
             if chunk.state is ShardState.SHARDED:
                 chunk.allocate_full()
         label = f"unshard {self.name}"
         copied = None
-        if from_host:
-            updates = _updates(from_host)
-            copied = self._copy_lane.submit(lambda: _copy_in(from_host, updates), label)
+        if offloaded:
+            updates = _updates(offloaded)
+            copied = self._copy_lane.submit(lambda: _copy_in(offloaded, updates, self._staging), label)
         from_device = [chunk for chunk in stale if chunk.placement.weight_tier is Tier.DEVICE]
         device_updates = _updates(from_device)
 
@@ -84,7 +87,7 @@ class ChunkGroup:
             with torch.profiler.record_function(f"megalith::{label}"):
                 if copied is not None:
                     copied.wait()
-                _copy_in(from_device, device_updates)
+                _copy_in(from_device, device_updates, self._staging)
                 for chunk in stale:
                     if self._shares(chunk):
                         all_gather_(chunk.full.data, self._group, chunk.index)
@@ -125,8 +128,8 @@ def _updates(chunks: list[Chunk]) -> list[Event]:
     return [chunk.pending for chunk in chunks if chunk.pending is not None]
 
 
-def _copy_in(chunks: list[Chunk], updates: list[Event]) -> None:
+def _copy_in(chunks: list[Chunk], updates: list[Event], staging: Staging) -> None:
     for update in updates:
         update.wait()
     for chunk in chunks:
-        chunk.copy_weight_in()
+        chunk.copy_weight_in(staging)

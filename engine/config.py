@@ -55,19 +55,26 @@ class EngineConfig:
     zero_stage: int = 3
     """0: everything replicated; 1: optimizer state sharded; 2: and gradients; 3: and weights."""
     placement: str = "device"
-    """"device" or "host": the tier of what is at rest. "nvme" and "auto" are not built yet."""
+    """"device", "host" or "nvme": the tier of what is at rest. "auto" is not built yet."""
     param_offload: float | None = None
-    """Fraction of the weights at rest on the host (placement="host", stage 3). None: all that the stage allows."""
+    """Fraction of the weights at rest that is offloaded (stage 3): with placement="host" to the host, the rest staying
+    on the device, and with "nvme" to the drive, the rest staying on the host. None: all that the stage allows."""
     optimizer_offload: float | None = None
-    """Fraction of the optimizer state on the host, where its part of the step then runs (placement="host"). None:
-    all."""
+    """The same fraction of the optimizer state. Its part of the step then runs on the host. None: all."""
     precision: str = "fp32"
     max_grad_norm: float | None = None
     """Global 2-norm that gradients are clipped to; None leaves them."""
     device_budget: int | str | None = None
     """Bytes of device memory for what the engine stores. In stage 3, weights stay gathered while they fit in it."""
     host_budget: int | str | None = None
+    """Bytes of host memory for what the engine stores. placement="nvme" keeps gradients there while they fit until the
+    step, and else on the drive too; None: half of what this machine has free, nine tenths with a GPU."""
     nvme_dir: str | None = None
+    """Folder of a local drive (placement="nvme"). What is written there is gone when the process ends."""
+    nvme_ring: int | str = "96MB"
+    """Host memory through which optimizer state on the drive is streamed, in pieces of a third of it."""
+    nvme_checksums: bool = False
+    """Check what is read from the drive against a checksum taken when it was written."""
     max_chunk_numel: int = 2**26
     """A block with more parameters than this is stored in several chunks."""
     prefetch: int = 1
@@ -91,9 +98,9 @@ class EngineConfig:
 
         if not is_whole(self.zero_stage) or self.zero_stage not in (0, 1, 2, 3):
             reject("zero_stage", "must be 0, 1, 2 or 3")
-        if self.placement in ("nvme", "auto"):
-            raise NotImplementedError(f"placement={self.placement!r} is not built yet: use 'device' or 'host'")
-        if self.placement not in ("device", "host"):
+        if self.placement == "auto":
+            raise NotImplementedError(f"placement={self.placement!r} is not built yet: use 'device', 'host' or 'nvme'")
+        if self.placement not in ("device", "host", "nvme"):
             reject("placement", "must be 'device', 'host', 'nvme' or 'auto'")
         for field in ("param_offload", "optimizer_offload"):
             value = getattr(self, field)
@@ -101,8 +108,8 @@ class EngineConfig:
                 continue
             if not is_number(value) or not 0 <= value <= 1:
                 reject(field, "must be a fraction from 0 to 1")
-            if value > 0 and self.placement != "host":
-                reject(field, "needs placement='host'")
+            if value > 0 and self.placement not in ("host", "nvme"):
+                reject(field, "needs placement='host' or 'nvme'")
         if self.param_offload and self.zero_stage != 3:
             reject(
                 "param_offload", f"needs zero_stage=3, and it is {self.zero_stage}: stages below 3 keep whole weights"
@@ -111,10 +118,18 @@ class EngineConfig:
             reject("precision", "must be 'fp32', 'bf16' or 'fp16'")
         if self.max_grad_norm is not None and not (is_number(self.max_grad_norm) and self.max_grad_norm > 0):
             reject("max_grad_norm", "must be a number above 0, or None for no clipping")
-        for field in ("device_budget", "host_budget"):
+        for field in ("device_budget", "host_budget", "nvme_ring"):
             object.__setattr__(self, field, parse_bytes(getattr(self, field), field))
-        if self.nvme_dir is not None:
-            reject("nvme_dir", "needs placement='nvme', which is not built yet")
+        if self.nvme_ring is None:
+            reject("nvme_ring", "must be a number of bytes")
+        if not isinstance(self.nvme_checksums, bool):
+            reject("nvme_checksums", "must be True or False")
+        if self.nvme_dir is not None and not isinstance(self.nvme_dir, str | os.PathLike):
+            reject("nvme_dir", "must be the path of a folder")
+        if self.nvme_dir is None and self.placement == "nvme":
+            reject("nvme_dir", "placement='nvme' needs a folder on a local drive")
+        if self.nvme_dir is not None and self.placement != "nvme":
+            reject("nvme_dir", "needs placement='nvme'")
         if not is_whole(self.max_chunk_numel) or self.max_chunk_numel < 1:
             reject("max_chunk_numel", "must be a whole number of parameters, at least 1")
         if not is_whole(self.prefetch) or self.prefetch < 0:

@@ -3,7 +3,7 @@
 1. A parameter's gradient *lands*: it is copied into the chunk's local buffer [numel] and freed. Later micro-batches are
    added there, in float32.
 2. The local buffer is *reduced* over the ranks, on the lane for collectives, into this rank's part [owned_numel], which
-   is moved to the tier of the optimizer state, and added to what earlier micro-batches left there.
+   is moved to where it waits for the step (`gradient_tier`), and added to what earlier micro-batches left there.
 3. The step takes that part, and it is gone: at once, or when the update that `step()` published has read it.
 
 On one rank, with the optimizer state on the device, there is nothing to reduce and nowhere to go: a gradient is kept as
@@ -19,8 +19,10 @@ import torch
 from ..kernels import sum_of_squares
 from .chunk import Chunk
 from .collectives import RankGroup, all_reduce, reduce_scatter
+from .disk_tensor import DiskTensor, in_memory
 from .lanes import Event, Lane
 from .layout import Slot
+from .staging import Staging
 from .tiers import BufferPool, Ledger, Payload, Tier
 
 MAX_IN_FLIGHT = 2
@@ -35,6 +37,8 @@ class GradientTraffic:
     lane: Lane
     pool: BufferPool
     ledger: Ledger
+    staging: Staging
+    """Of the lane, to the drive."""
     _in_flight: deque[tuple[Event, list[torch.Tensor]]] = field(default_factory=deque)
 
     def hold(self, event: Event, buffers: list[torch.Tensor]) -> None:
@@ -60,7 +64,7 @@ class GradientPart:
 
     start: int
     stop: int
-    values: torch.Tensor  # 1D [stop - start]
+    values: torch.Tensor | DiskTensor  # 1D [stop - start]
 
 
 class ChunkGradient:
@@ -71,7 +75,7 @@ class ChunkGradient:
         self._kept: dict[str, torch.Tensor] = {}  # by name, each 1D [slot numel], where gradients stay
         self._local: torch.Tensor | None = None  # 1D [numel], on the device
         self._landed: set[str] = set()
-        self._reduced: torch.Tensor | None = None  # 1D [owned_numel], on the optimizer's tier
+        self._reduced: torch.Tensor | DiskTensor | None = None  # 1D [owned_numel], on its tier
         self._sum_of_squares: float | torch.Tensor | None = None  # of all parts
         self._event: Event | None = None
 
@@ -121,15 +125,24 @@ class ChunkGradient:
         local = self._take_local()
         earlier = self.finish()  # the lane adds to it, so the reduction that made it must have ended
         self._sum_of_squares = None
-        pool, on_host = self._traffic.pool, self.chunk.placement.optimizer_tier is Tier.HOST
-        in_place = self.chunk.placement.owned_numel == self.chunk.spec.numel
-        part = local if in_place else pool.take(self.chunk.placement.owned_numel, local.dtype)
+        pool, owned_numel = self._traffic.pool, self.chunk.placement.owned_numel
+        in_place = owned_numel == self.chunk.spec.numel
+        part = local if in_place else pool.take(owned_numel, local.dtype)
         received = pool.take(self._traffic.group.scratch_numel(local), local.dtype)
-        if on_host:
+        used = [received] if in_place else [received, local]
+        if self._tier is Tier.HOST:
             self._reduced = self._host_target(earlier, part.dtype)
+        elif self._tier is Tier.NVME:
+            self._reduced = self.chunk.rest_grad.of(part.dtype if earlier is None else torch.float32)
         else:
             self._reduced = part if earlier is None else self._in_float32(earlier)
-        target, first = self._reduced, earlier is None
+        target = self._reduced
+        if target is not part:
+            used.append(part)
+        total = None  # of micro-batches, on its way through memory to the drive
+        if self._tier is Tier.NVME and earlier is not None:
+            total = pool.take(owned_numel, torch.float32)
+            used.append(total)
         update = self.chunk.pending  # reads what the last step's gradient left in `target`
 
         def work() -> None:
@@ -139,27 +152,38 @@ class ChunkGradient:
                 if self._traffic.group.is_distributed:
                     collective = all_reduce if in_place else reduce_scatter
                     collective(local, part, received, self._traffic.group, self.chunk.index)
-                if target is not part and first:
+                if isinstance(target, DiskTensor):
+                    summed = part if earlier is None else self._add_to_disk(earlier, part, total)
+                    self._traffic.staging.write(summed, target)
+                elif target is not part and earlier is None:
+                    summed = part
                     target.copy_(part, non_blocking=True)
-                elif target is not part:
-                    target.add_(part.to(target.device))
+                else:
+                    summed = target if target is part else target.add_(part.to(target.device))
                 if final:
-                    self._sum_of_squares = sum_of_squares(part if first else target)
+                    self._sum_of_squares = sum_of_squares(summed)
 
         self._event = self._traffic.lane.submit(work, f"reduce {self.chunk.name}")
-        used = [received]
-        if not in_place:
-            used.append(local)
-        if target is not part:
-            used.append(part)
         self._traffic.hold(self._event, used)
 
-    def finish(self) -> torch.Tensor | None:
-        """The reduced gradient [owned_numel] on the optimizer's tier, None when there is none. The host waits for it
-        where it lies on the host."""
+    @property
+    def _tier(self) -> Tier:
+        return self.chunk.placement.gradient_tier
+
+    def _add_to_disk(self, earlier: DiskTensor, part: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        """total = earlier + part, in float32."""
+        narrow = total.view(earlier.dtype)[: total.numel()]
+        self._traffic.staging.read(earlier, narrow)
+        if earlier.dtype != torch.float32:
+            total.copy_(narrow.clone())
+        return total.add_(part)
+
+    def finish(self) -> torch.Tensor | DiskTensor | None:
+        """The reduced gradient [owned_numel] on its tier, None when there is none. The host waits for it where it lies
+        off the device."""
         if self._event is not None:
             self._event.wait()
-            if self.chunk.placement.optimizer_tier is Tier.HOST:
+            if self._tier is not Tier.DEVICE:
                 self._event.synchronize()
             self._event = None
         return self._reduced
@@ -176,7 +200,7 @@ class ChunkGradient:
         """The sum of squares of all parts; a tensor (float64 [1]) where it is still being computed."""
         parts = self.parts()
         if self._sum_of_squares is None:
-            values = [sum_of_squares(part.values) for part in parts]
+            values = [sum_of_squares(in_memory(part.values)) for part in parts]
             self._sum_of_squares = torch.cat(values).sum() if values else 0.0
         return self._sum_of_squares
 
@@ -187,7 +211,7 @@ class ChunkGradient:
         self._sum_of_squares = None
 
         def release() -> None:
-            if reduced is not self.chunk.host_grad:
+            if self._is_extra(reduced):
                 self._traffic.ledger.add(Tier.HOST, Payload.GRADIENT, -reduced.nbytes)
 
         return parts, release
@@ -200,12 +224,16 @@ class ChunkGradient:
         reduced = self.finish()
         if self._local is not None:
             self._traffic.pool.give_back(self._take_local())
-        if reduced is not None and self.chunk.placement.optimizer_tier is Tier.DEVICE:
+        if reduced is not None and self._tier is Tier.DEVICE:
             self._traffic.pool.give_back(reduced)
-        elif reduced is not None and reduced is not self.chunk.host_grad:
+        elif self._is_extra(reduced):
             self._traffic.ledger.add(Tier.HOST, Payload.GRADIENT, -reduced.nbytes)
         self._reduced = None
         self._sum_of_squares = None
+
+    def _is_extra(self, reduced: torch.Tensor | DiskTensor | None) -> bool:
+        """Whether it has host memory of its own, for float32 sums."""
+        return self._tier is Tier.HOST and reduced is not None and reduced is not self.chunk.rest_grad
 
     def _take_local(self) -> torch.Tensor:
         local = self._local
@@ -230,7 +258,7 @@ class ChunkGradient:
     def _host_target(self, earlier: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """Where a part of `dtype` goes on the host: the chunk's own slab, unless float32 is needed and the slab is
         narrower."""
-        slab = self.chunk.host_grad
+        slab = self.chunk.rest_grad
         if earlier is None and dtype == slab.dtype:
             return slab
         if earlier is not None and earlier.dtype == torch.float32:

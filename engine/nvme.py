@@ -28,6 +28,9 @@ CHECKSUM_BYTES = 2**18
 """One checksum guards this many bytes: with checksums on, the least that is read or written."""
 
 
+THREAD_NAME = "megalith-nvme"
+
+
 class NvmeError(RuntimeError):
     """A transfer failed, or there is no room; the message names buffer and file, `__cause__` is the system's error."""
 
@@ -154,7 +157,7 @@ class NvmeStore:
                 raise
         except OSError as error:
             raise NvmeError(f"rank {rank}: {error}") from error
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="megalith-nvme")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=THREAD_NAME)
         # Runs at the interpreter's exit too, after the pool's own end.
         self._finalizer = weakref.finalize(self, _release, self._pool, self._file, job, os.getpid())
 
@@ -286,6 +289,7 @@ def _is_aligned(values: numpy.ndarray) -> bool:
 
 def _release(pool: ThreadPoolExecutor, file: DirectFile, job: JobFolder, owner: int) -> None:
     if os.getpid() == owner:  # a forked child has a copy of the store, whose files are not its own
-        pool.shutdown(wait=True)
+        # A thread of the pool may be the one that collects the store.
+        pool.shutdown(wait=not threading.current_thread().name.startswith(THREAD_NAME))
         file.close()
         job.remove()

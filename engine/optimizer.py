@@ -18,6 +18,8 @@ from .hooks import Schedule
 from .lanes import Lane
 from .layout import Slot
 from .loss_scaler import DynamicLossScaler
+from .nvme import Handle
+from .streaming import UpdateStream, WrittenEvent
 from .tiers import Tier
 from .update import ChunkUpdate, Run, execute
 
@@ -63,6 +65,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         config: EngineConfig,
         model: torch.nn.Module,
         lane: Lane,
+        stream: UpdateStream | None,
     ) -> None:
         super().__init__([{"params": group["params"]} for group in user.param_groups], user.defaults)
         self.param_groups = user.param_groups  # the same dicts: a scheduler made before keeps working
@@ -75,6 +78,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._config = config
         self._model = model
         self._lane = lane
+        self._stream = stream  # where something is on a drive
         self._trainable = {parameter for parameter in model.parameters() if parameter.requires_grad}
         self.scaler = (
             DynamicLossScaler(config.loss_scale or 2.0**16) if config.precision == Precision.FP16.value else None
@@ -190,32 +194,51 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def _update(self, touched: set[str], factor: float) -> None:
         for fqn in touched:
             self.steps_taken[fqn] += 1
+        changed: list[tuple[ChunkGroup, list[Chunk]]] = []
+        deferred: list[ChunkUpdate] = []
+        releases: list[Callable[[], None]] = []
         for group in self._groups:  # in forward order: the first is needed first
             updated = []
             for gradient in group.gradients:
-                if any(slot.fqn in touched for slot in gradient.chunk.spec.slots):
-                    self._update_chunk(gradient, touched, factor)
-                    updated.append(gradient.chunk)
+                chunk = gradient.chunk
+                if not any(slot.fqn in touched for slot in chunk.spec.slots):
+                    continue
+                updated.append(chunk)
+                if chunk.placement.optimizer_tier is Tier.DEVICE:
+                    execute(ChunkUpdate(chunk, list(self._runs(chunk, touched, gradient.parts())), factor))
+                else:
+                    parts, release = gradient.hand_over()
+                    deferred.append(ChunkUpdate(chunk, list(self._runs(chunk, touched, parts)), factor))
+                    releases.append(release)
             if updated:
-                group.mark_updated(updated)
-                if not group.is_sharded:
-                    self._schedule.refresh(group)
+                changed.append((group, updated))
+        self._defer(deferred, releases)
+        for group, updated in changed:
+            group.mark_updated(updated)
+            if not group.is_sharded:
+                self._schedule.refresh(group)
 
-    def _update_chunk(self, gradient: ChunkGradient, touched: set[str], factor: float) -> None:
-        """Now, or where the state is on the host, on its lane: whoever uses the chunk next waits for it."""
-        chunk = gradient.chunk
-        if chunk.placement.optimizer_tier is Tier.DEVICE:
-            execute(ChunkUpdate(chunk, list(self._runs(chunk, touched, gradient.parts())), factor))
-            return
-        parts, release = gradient.hand_over()
-        update = ChunkUpdate(chunk, list(self._runs(chunk, touched, parts)), factor)
+    def _defer(self, updates: list[ChunkUpdate], releases: list[Callable[[], None]]) -> None:
+        """Give updates to their lane, in order: whoever uses a chunk next waits for its own."""
+        following: list[ChunkUpdate | None] = []
+        coming = None
+        for update in reversed(updates):
+            following.insert(0, coming)
+            coming = update if update.is_streamed else coming
+        for update, coming, release in zip(updates, following, releases, strict=True):
+            writes: list[Handle] = []
 
-        def work() -> None:
-            execute(update)
-            release()
+            # Not of `self`, which holds the model.
+            def work(stream=self._stream, update=update, coming=coming, release=release, writes=writes) -> None:
+                if update.is_streamed:
+                    writes.extend(stream.execute(update, coming))
+                else:
+                    execute(update)
+                release()
 
-        chunk.settle()
-        chunk.pending = self._lane.submit(work, f"update {chunk.name}")
+            chunk = update.chunk
+            chunk.settle()
+            chunk.pending = WrittenEvent(self._lane.submit(work, f"update {chunk.name}"), writes)
 
     def _runs(self, chunk: Chunk, touched: set[str], parts: list[GradientPart]) -> Iterator[Run]:
         """The owned slots, cut where the part of the gradient, the group, the step number or being touched changes."""

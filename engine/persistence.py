@@ -169,4 +169,6 @@ def _load_chunk(chunk: Chunk, saved: checkpoint_files.Checkpoint) -> None:
         chunk.load_owned_master(values, part)
         if chunk.spec.trainable:
             for payload in ("exp_avg", "exp_avg_sq"):
-                saved.fill(payload, fqn, owned.start, chunk.values_of(payload, part))
+                values = torch.empty(owned.stop - owned.start)
+                saved.fill(payload, fqn, owned.start, values)
+                chunk.load_moment(payload, values, part)

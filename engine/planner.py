@@ -1,16 +1,17 @@
 """What `initialize` would store where, computed from a model on meta by the run's own packing and placement."""
 
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from .blocks import find_parts
-from .chunk import ChunkPlacement, place_chunks
+from .collectives import RankGroup
 from .config import EngineConfig
 from .gradients import MAX_IN_FLIGHT
 from .layout import ChunkSpec, Layout, pack
+from .machine import host_room_of
+from .placement import ChunkPlacement, plan_storage
 from .shard import layout_specs, optimizer_groups
 from .tiers import Payload, Tier
 
@@ -92,16 +93,14 @@ def plan(
         group_of = optimizer_groups(model, optimizer)
     parts = find_parts(model, config.max_chunk_numel)
     layout = pack(layout_specs(model, parts, group_of, config), world_size, config.max_chunk_numel)
-    placements = place_chunks(layout.chunks, config, 0, world_size)
-
-    at_rest: dict[Tier, Counter[Payload]] = {}
-    for spec, placement in zip(layout.chunks, placements, strict=True):
-        for (tier, payload), nbytes in placement.payload_bytes(spec).items():
-            at_rest.setdefault(tier, Counter())[payload] += nbytes
+    on_gpu = torch.cuda.is_available()
+    host_room = host_room_of(torch.device("cuda" if on_gpu else "cpu"), RankGroup(0, 1, None, None))
+    storage_plan = plan_storage(layout, config, 0, world_size, on_gpu=on_gpu, host_room=host_room)
+    placements = storage_plan.placements
     return Plan(
         config,
         layout,
-        {tier: dict(payloads) for tier, payloads in at_rest.items()},
+        {tier: dict(payloads) for tier, payloads in storage_plan.at_rest().items()},
         _gathered_peak(layout, placements, config),
         _gradient_peak(layout, placements, config, accumulation_steps),
     )
@@ -131,12 +130,14 @@ def _gradient_peak(
 
     whole = [spec.numel * itemsize(spec) for spec, _ in trainable]
     owned = sum(p.owned_numel * itemsize(s) for s, p in trainable if p.optimizer_tier is Tier.DEVICE)
-    on_host = any(placement.optimizer_tier is Tier.HOST for _, placement in trainable)
-    if layout.world_size == 1 and not on_host:
+    leave = any(placement.gradient_tier is not Tier.DEVICE for _, placement in trainable)
+    if layout.world_size == 1 and not leave:
         return sum(whole)
     if config.zero_stage < 2 and accumulation_steps > 1:
         return sum(whole)
     if layout.world_size == 1 or config.zero_stage == 0:
-        in_flight = sorted((w for w, (_, p) in zip(whole, trainable, strict=True) if p.optimizer_tier is Tier.HOST))
+        in_flight = sorted(
+            (w for w, (_, p) in zip(whole, trainable, strict=True) if p.gradient_tier is not Tier.DEVICE)
+        )
         return owned + sum(in_flight[-MAX_IN_FLIGHT - 1 :])
     return owned + sum(sorted(whole)[-MAX_IN_FLIGHT - 1 :])

@@ -5,7 +5,7 @@ import os
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 from zlib import crc32
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .blocks import ModelParts, find_parts
-from .chunk import Chunk, ChunkPlacement, place_chunks
+from .chunk import Chunk
 from .chunk_group import ChunkGroup
 from .collectives import RankGroup, make_rank_group
 from .config import EngineConfig, Precision, check_folder
@@ -22,11 +22,16 @@ from .gradients import GradientTraffic
 from .hooks import Schedule, UnitHooks, tensors_in
 from .lanes import InlineLane, Lane, make_lane
 from .layout import Layout, ParamSpec, pack
+from .machine import host_room_of
 from .materialize import initialize_parameters, rebuild_buffers
+from .nvme import NvmeStore
 from .optimizer import ZeroOptimizer, read_adam_groups
 from .parameter_names import persistent_buffer_names
+from .placement import STORE_RING_BYTES, WEIGHT_STAGING_BYTES, ChunkPlacement, StoragePlan, check_budgets, plan_storage
 from .pretrained import PretrainedFolder
-from .tiers import BufferPool, Ledger, OutOfBudgetError, Payload, Storage, Tier
+from .staging import Staging
+from .streaming import UpdateStream
+from .tiers import BufferPool, Ledger, Payload, Storage, Tier
 
 _ENGINE_ATTRIBUTE = "_megalith_engine"
 _gathered_count = itertools.count()
@@ -102,11 +107,12 @@ def initialize(
     weights of rank 0 count.
 
     Raises ValueError, TypeError, FileNotFoundError or NotImplementedError that name the argument; OutOfBudgetError when
-    the budgets do not hold what is stored.
+    the budgets do not hold what is stored; NvmeError when the drive does not.
     """
     device = _compute_device(device)
     timeout_s = options.get("timeout_s", EngineConfig.timeout_s)
     rank_group = make_rank_group(process_group, device, timeout_s if isinstance(timeout_s, int | float) else 60)
+    host_room = host_room_of(device, rank_group)
     prepared, error = None, None
 
     def open_folder() -> PretrainedFolder | None:
@@ -116,25 +122,26 @@ def initialize(
         return PretrainedFolder(path, model, allow_missing=allow_missing, stored_name=stored_name)
 
     try:
-        prepared = _prepare(model, optimizer, open_folder, options, rank_group)
+        prepared = _prepare(model, optimizer, open_folder, options, rank_group, device, host_room)
     except Exception as caught:
         error = caught
     rank_group.barrier(error)
-    config, folder, parts, layout, placements, host_bytes = prepared
+    config, folder, parts, storage_plan = prepared
+    layout, placements = storage_plan.layout, storage_plan.placements
     _check_same_model(model, folder, layout, config, rank_group)
+    store = _open_store(storage_plan, config, rank_group, lane_delay)
 
     ledger = Ledger()
-    storage = Storage(device, ledger)
-    if host_bytes:
-        storage.reserve_host(host_bytes)
-
-    offloads = any(Tier.HOST in (placement.weight_tier, placement.optimizer_tier) for placement in placements)
-    moves = rank_group.is_distributed or offloads
-    updates = any(placement.optimizer_tier is Tier.HOST for placement in placements)
-    lane = make_lane("transfers", device, lane_delay, updates) if moves else InlineLane("transfers")
-    copy_lane = make_lane("copies", device, lane_delay, updates) if offloads else InlineLane("copies")
-    update_lane = make_lane("updates", device, lane_delay, updates) if updates else InlineLane("updates")
-    traffic = GradientTraffic(rank_group, lane, BufferPool(storage, Payload.GRADIENT), ledger)
+    storage = Storage(device, ledger, store)
+    storage.reserve_host(storage_plan.slab_bytes)
+    if storage_plan.uses_disk:
+        ledger.add(Tier.HOST, Payload.STAGING, storage_plan.staging_bytes)
+    lanes = _make_lanes(device, lane_delay, placements, rank_group)
+    staging_bytes = WEIGHT_STAGING_BYTES if storage_plan.uses_disk else 0
+    traffic = GradientTraffic(
+        rank_group, lanes.transfers, BufferPool(storage, Payload.GRADIENT), ledger, Staging(device, staging_bytes)
+    )
+    weight_staging = Staging(device, staging_bytes)
 
     loader = _WeightLoader(model, folder, config, rank_group, device)
     groups: list[ChunkGroup] = []
@@ -149,18 +156,25 @@ def initialize(
         for chunk in chunks:
             if chunk.placement.sharded:
                 chunk.free_full()
-        groups.append(ChunkGroup(group_spec.name, group_index, chunks, rank_group, lane, copy_lane, traffic))
+        groups.append(
+            ChunkGroup(
+                group_spec.name, group_index, chunks, rank_group, lanes.transfers, lanes.copies, weight_staging, traffic
+            )
+        )
     loader.load_buffers()
 
     schedule = Schedule(groups, config, ledger, traffic)
     _register_hooks(model, parts, groups, schedule, config)
     zero_optimizer = None
     if optimizer is not None:
-        zero_optimizer = ZeroOptimizer(optimizer, groups, schedule, rank_group, config, model, update_lane)
+        stream = None
+        if storage_plan.uses_disk:
+            stream = UpdateStream(storage_plan.piece_numel, Precision(config.precision), pin=device.type == "cuda")
+        zero_optimizer = ZeroOptimizer(optimizer, groups, schedule, rank_group, config, model, lanes.updates, stream)
     engine = Engine(model, zero_optimizer, config, layout, groups, schedule, rank_group, ledger)
     for module in model.modules():
         module.__dict__[_ENGINE_ATTRIBUTE] = engine
-    weakref.finalize(model, _close, [lane, copy_lane, update_lane])
+    weakref.finalize(model, _close, lanes, store)
     return model, zero_optimizer
 
 
@@ -192,8 +206,10 @@ def _prepare(
     open_folder: Callable[[], PretrainedFolder | None],
     options: dict[str, Any],
     rank_group: RankGroup,
-) -> tuple[EngineConfig, PretrainedFolder | None, ModelParts, Layout, list[ChunkPlacement], int]:
-    """All that can be wrong without anything having been allocated, and the bytes to take on the host."""
+    device: torch.device,
+    host_room: int,
+) -> tuple[EngineConfig, PretrainedFolder | None, ModelParts, StoragePlan]:
+    """All that can be wrong without anything having been allocated."""
     config = EngineConfig.from_keywords(**options)
     for name, module in model.named_modules():
         if _ENGINE_ATTRIBUTE in module.__dict__:
@@ -213,8 +229,16 @@ def _prepare(
     group_of = optimizer_groups(model, optimizer)
     parts = find_parts(model, config.max_chunk_numel)
     layout = pack(layout_specs(model, parts, group_of, config), rank_group.world_size, config.max_chunk_numel)
-    placements = place_chunks(layout.chunks, config, rank_group.rank, rank_group.world_size)
-    return config, folder, parts, layout, placements, _check_budgets(layout, placements, config)
+    storage_plan = plan_storage(
+        layout,
+        config,
+        rank_group.rank,
+        rank_group.world_size,
+        on_gpu=device.type == "cuda",
+        host_room=host_room,
+    )
+    check_budgets(storage_plan, config)
+    return config, folder, parts, storage_plan
 
 
 def _compute_device(device: torch.device | str | None) -> torch.device:
@@ -285,7 +309,7 @@ def _check_same_model(
     digests = rank_group.gather_objects(
         {
             "parameters": crc32(repr(layout).encode()),
-            "options": config,
+            "options": asdict(config) | {"nvme_dir": None},  # ranks may have drives of their own
             "whether pretrained is given": folder is not None,
             "which parameters are on meta": crc32(repr(on_meta).encode()),
         }
@@ -296,22 +320,61 @@ def _check_same_model(
             raise ValueError(f"rank {rank} and rank 0 called initialize() with different {' and '.join(different)}")
 
 
-def _check_budgets(layout: Layout, placements: list, config: EngineConfig) -> int:
-    """Bytes at rest on the host. Raises OutOfBudgetError when a budget does not hold what must be stored."""
-    needed = {Tier.DEVICE: 0, Tier.HOST: 0}
-    for spec, placement in zip(layout.chunks, placements, strict=True):
-        for (tier, _), nbytes in placement.payload_bytes(spec).items():
-            needed[tier] += nbytes
-    for tier, budget, field in (
-        (Tier.DEVICE, config.device_budget, "device_budget"),
-        (Tier.HOST, config.host_budget, "host_budget"),
-    ):
-        if budget is not None and needed[tier] > budget:
-            raise OutOfBudgetError(
-                f"{field} is {budget} bytes, and what is at rest on the {tier.value} takes {needed[tier]} bytes: "
-                "raise it, shard over more ranks, or offload more"
+def _open_store(
+    storage_plan: StoragePlan, config: EngineConfig, rank_group: RankGroup, lane_delay: Callable[[], float] | None
+) -> NvmeStore | None:
+    """Raises on every rank where any has not got the space."""
+    store, error = None, None
+    if storage_plan.uses_disk:
+        try:
+            store = NvmeStore(
+                config.nvme_dir,
+                rank_group.rank,
+                storage_plan.disk_sizes(),
+                checksums=config.nvme_checksums,
+                ring_bytes=STORE_RING_BYTES,
+                lane_delay=lane_delay,
+                timeout_s=config.timeout_s,
             )
-    return needed[Tier.HOST]
+        except Exception as caught:
+            error = caught
+    try:
+        rank_group.barrier(error)
+    except BaseException:
+        if store is not None:
+            store.close()
+        raise
+    return store
+
+
+@dataclass(frozen=True)
+class Lanes:
+    transfers: Lane
+    """Collectives, and gradients that leave."""
+    copies: Lane
+    """Weights that come from where they are at rest."""
+    updates: Lane
+    """The step of chunks whose state is offloaded."""
+
+
+def _make_lanes(
+    device: torch.device,
+    delay: Callable[[], float] | None,
+    placements: list[ChunkPlacement],
+    rank_group: RankGroup,
+) -> Lanes:
+    fetches = any(placement.weight_tier is not Tier.DEVICE for placement in placements)
+    updates = any(placement.optimizer_tier is not Tier.DEVICE for placement in placements)
+    on_disk = any(placement.weight_tier is Tier.NVME for placement in placements)
+
+    def lane(name: str, needed: bool) -> Lane:
+        return make_lane(name, device, delay, waits_for_host=updates or on_disk) if needed else InlineLane(name)
+
+    return Lanes(
+        lane("transfers", rank_group.is_distributed or fetches or updates),
+        lane("copies", fetches),
+        lane("updates", updates),
+    )
 
 
 class _WeightLoader:
@@ -461,6 +524,8 @@ def _cast_floats(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def _close(lanes: list[Lane]) -> None:
-    for lane in lanes:
+def _close(lanes: Lanes, store: NvmeStore | None) -> None:
+    for lane in (lanes.copies, lanes.updates, lanes.transfers):
         lane.close()
+    if store is not None:
+        store.close()

@@ -8,6 +8,9 @@ from enum import Enum
 
 import torch
 
+from .disk_tensor import DiskTensor
+from .nvme import NvmeStore
+
 
 class Tier(Enum):
     DEVICE = "device"
@@ -28,6 +31,8 @@ class Payload(Enum):
     """bf16: the master's low 16 bits. fp16: the float32 master. fp32: nothing, the weight is the master."""
     EXP_AVG = "exp_avg"
     EXP_AVG_SQ = "exp_avg_sq"
+    STAGING = "staging"
+    """Host buffers that what is on a drive goes through."""
 
 
 class OutOfBudgetError(MemoryError):
@@ -111,16 +116,18 @@ class HostSlab:
 
 class Storage:
     """Allocates payloads on tiers and enters them in the ledger. What goes to the host is reserved first, so that it
-    can be taken as one slab of exact size."""
+    can be taken as one slab of exact size; so is what goes to a drive, by the store that is given."""
 
-    def __init__(self, device: torch.device, ledger: Ledger) -> None:
+    def __init__(self, device: torch.device, ledger: Ledger, store: NvmeStore | None = None) -> None:
         self.device = device
         self.ledger = ledger
+        self._store = store
         self._slab: HostSlab | None = None
 
     def reserve_host(self, nbytes: int) -> None:
         """Called once, before the first host payload is taken."""
-        self._slab = HostSlab(nbytes, pin=self.device.type == "cuda")
+        if nbytes:
+            self._slab = HostSlab(nbytes, pin=self.device.type == "cuda")
 
     def zeros(self, tier: Tier, payload: Payload, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """A 1-D payload that lives as long as the engine."""
@@ -135,6 +142,11 @@ class Storage:
             raise RuntimeError(f"nothing was reserved on tier {tier.value}")
         self.ledger.add(tier, payload, tensor.nbytes)
         return tensor
+
+    def on_disk(self, payload: Payload, name: str, numel: int, dtype: torch.dtype) -> DiskTensor:
+        """Zeros in the buffer `name` of the store."""
+        self.ledger.add(Tier.NVME, payload, numel * dtype.itemsize)
+        return DiskTensor(self._store, name, dtype, 0, numel)
 
 
 class BufferPool:

@@ -68,6 +68,7 @@ class StrategyArguments:
         default=None, help="bytes or a size such as 24GB that training may take on the device"
     )
     host_budget: str | None = HfArg(default=None, help="the same for host memory")
+    nvme_dir: str | None = HfArg(default=None, help="gemini_nvme: a folder on a local drive, emptied in the end")
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ def engine_options(strategy_args, device, max_grad_norm, seed):
         "precision": precision,
         "device_budget": strategy_args.device_budget,
         "host_budget": strategy_args.host_budget,
+        "nvme_dir": strategy_args.nvme_dir,
         "max_grad_norm": max_grad_norm,
         "seed": seed,
     }

@@ -65,7 +65,7 @@ engine.save_checkpoint(folder + "/small-checkpoint", warm, warm_optimizer)
 for group in optimizer._groups:
     for gradient in group.gradients:
         chunk = gradient.chunk
-        touch(t for t in (chunk.exp_avg, chunk.exp_avg_sq, chunk.host_grad) if t is not None)
+        touch(t for t in (chunk.exp_avg, chunk.exp_avg_sq, chunk.rest_grad) if t is not None)
 _, export_peak, _ = peak_over(lambda: engine.save_pretrained(folder + "/out", model))
 _, save_peak, _ = peak_over(lambda: engine.save_checkpoint(folder + "/checkpoint", model, optimizer))
 print(json.dumps({"init_peak": init_peak, "init_left": init_left, "export_peak": export_peak, "save_peak": save_peak}))

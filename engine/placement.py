@@ -1,0 +1,190 @@
+"""Where what an engine stores lies: pure functions of layout and options, which the plan and the run share."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from .config import EngineConfig, Precision
+from .layout import ChunkSpec, Layout
+from .streaming_sizes import piece_numel_of, ring_bytes_of
+from .tiers import OutOfBudgetError, Payload, Tier
+
+STORE_RING_BYTES = 2**25
+"""Of an `NvmeStore`, for transfers that are not aligned."""
+
+WEIGHT_STAGING_BYTES = 2**25
+"""Of each of the two lanes that move tensors between a GPU and a drive."""
+
+
+@dataclass(frozen=True)
+class ChunkPlacement:
+    """How one chunk is stored on one rank: a pure function of the options, so that the plan and the run share it."""
+
+    sharded: bool
+    """The weights are freed between uses."""
+    weight_tier: Tier
+    optimizer_tier: Tier
+    gradient_tier: Tier
+    """Where reduced gradients wait for the step."""
+    owned: tuple[int, int]
+    """[start, stop) of the elements whose optimizer state, and in stage 3 whose weight, this rank keeps."""
+    precision: Precision
+
+    @property
+    def owned_numel(self) -> int:
+        return self.owned[1] - self.owned[0]
+
+    def payload_bytes(self, spec: ChunkSpec) -> dict[tuple[Tier, Payload], int]:
+        """Bytes at rest by tier and payload."""
+        rest_numel = self.owned_numel if self.sharded else spec.numel
+        result = {(self.weight_tier, Payload.WEIGHT): rest_numel * spec.dtype.itemsize}
+        if spec.trainable:
+            tier = self.optimizer_tier
+            master_itemsize = {Precision.FP32: 0, Precision.BF16: 2, Precision.FP16: 4}[self.precision]
+            if master_itemsize:
+                result[tier, Payload.MASTER] = self.owned_numel * master_itemsize
+            result[tier, Payload.EXP_AVG] = result[tier, Payload.EXP_AVG_SQ] = self.owned_numel * 4
+            if self.gradient_tier is not Tier.DEVICE:
+                result[self.gradient_tier, Payload.GRADIENT] = self.gradient_bytes(spec)
+        return result
+
+    def gradient_bytes(self, spec: ChunkSpec) -> int:
+        """Taken at start, off the device. On the host, float32 sums of 16-bit gradients get other memory when there are
+        any; a drive's space is all taken at start."""
+        return self.owned_numel * (4 if self.gradient_tier is Tier.NVME else spec.dtype.itemsize)
+
+
+def place_chunks(specs: list[ChunkSpec], config: EngineConfig, rank: int, world_size: int) -> list[ChunkPlacement]:
+    """Place every chunk of a model, given in execution order. Offloaded are the first ones: the last of the forward
+    pass are the first of the backward pass, so that those cost no transfer when they stay. Gradients of chunks whose
+    state is on the drive are too, as yet."""
+    kept, offloaded = {
+        "device": (Tier.DEVICE, Tier.DEVICE),
+        "host": (Tier.DEVICE, Tier.HOST),
+        "nvme": (Tier.HOST, Tier.NVME),
+    }[config.placement]
+    # Below stage 3 weights are whole on the device at all times.
+    kept_weights = kept if config.zero_stage == 3 else Tier.DEVICE
+    offloaded_weights = _first_fraction(specs, config.weight_offload_fraction, lambda spec: True)
+    offloaded_state = _first_fraction(specs, config.optimizer_offload_fraction, lambda spec: spec.trainable)
+    result = []
+    for index, spec in enumerate(specs):
+        weight_tier = offloaded if index in offloaded_weights else kept_weights
+        sharded = weight_tier is not Tier.DEVICE or (config.zero_stage == 3 and world_size > 1)
+        # A frozen chunk has no optimizer state to share out, and below stage 3 every rank keeps all of its weights.
+        whole = config.zero_stage == 0 or world_size == 1 or (config.zero_stage < 3 and not spec.trainable)
+        owned = (0, spec.numel) if whole else spec.shard_range(rank, world_size)
+        tier = offloaded if index in offloaded_state else kept
+        result.append(ChunkPlacement(sharded, weight_tier, tier, tier, owned, Precision(config.precision)))
+    return result
+
+
+def _first_fraction(specs: list[ChunkSpec], fraction: float, counts) -> set[int]:
+    """Indices of the first of those that count, up to `fraction` of their bytes, to the nearest chunk."""
+    wanted = fraction * sum(spec.nbytes for spec in specs if counts(spec))
+    taken: set[int] = set()
+    taken_bytes = 0
+    for index, spec in enumerate(specs):
+        if counts(spec) and taken_bytes + spec.nbytes / 2 <= wanted:
+            taken.add(index)
+            taken_bytes += spec.nbytes
+    return taken
+
+
+def disk_name(chunk_name: str, payload: Payload) -> str:
+    """Of a payload's buffer on the drive: what its errors say."""
+    return f"{payload.value} of {chunk_name}"
+
+
+@dataclass(frozen=True)
+class StoragePlan:
+    """What one rank stores."""
+
+    layout: Layout
+    placements: list[ChunkPlacement]
+    piece_numel: int
+    """Of the ring that streams updates, 0 where nothing is on a drive."""
+    staging_bytes: int
+
+    @property
+    def uses_disk(self) -> bool:
+        return self.piece_numel > 0
+
+    def named_chunks(self) -> Iterator[tuple[str, ChunkSpec, ChunkPlacement]]:
+        placements = iter(self.placements)
+        for group in self.layout.groups:
+            for number, spec in enumerate(group.chunks):
+                yield f"{group.name}[{number}]", spec, next(placements)
+
+    def at_rest(self) -> dict[Tier, Counter[Payload]]:
+        """Bytes by tier and payload."""
+        result: dict[Tier, Counter[Payload]] = {}
+        for _, spec, placement in self.named_chunks():
+            for (tier, payload), nbytes in placement.payload_bytes(spec).items():
+                result.setdefault(tier, Counter())[payload] += nbytes
+        if self.staging_bytes:
+            result.setdefault(Tier.HOST, Counter())[Payload.STAGING] += self.staging_bytes
+        return result
+
+    def tier_bytes(self, tier: Tier) -> int:
+        return sum(self.at_rest().get(tier, {}).values())
+
+    @property
+    def slab_bytes(self) -> int:
+        """Of what is at rest on the host; the staging buffers are apart."""
+        return self.tier_bytes(Tier.HOST) - self.staging_bytes
+
+    def disk_sizes(self) -> dict[str, int]:
+        """Bytes of each buffer on the drive, by name."""
+        return {
+            disk_name(name, payload): nbytes
+            for name, spec, placement in self.named_chunks()
+            for (tier, payload), nbytes in placement.payload_bytes(spec).items()
+            if tier is Tier.NVME
+        }
+
+
+def plan_storage(
+    layout: Layout, config: EngineConfig, rank: int, world_size: int, *, on_gpu: bool, host_room: int
+) -> StoragePlan:
+    """`host_room`: bytes of host memory to assume where `config.host_budget` is None. Raises OutOfBudgetError for a
+    ring that is too small."""
+    placements = place_chunks(layout.chunks, config, rank, world_size)
+    on_disk = [p for p in placements if Tier.NVME in (p.weight_tier, p.optimizer_tier)]
+    piece_numel = staging_bytes = 0
+    if on_disk:
+        largest_numel = max(placement.owned_numel for placement in on_disk)
+        precision = Precision(config.precision)
+        piece_numel = piece_numel_of(config.nvme_ring, largest_numel, precision)
+        staging_bytes = ring_bytes_of(piece_numel, precision) + STORE_RING_BYTES
+        staging_bytes += 2 * WEIGHT_STAGING_BYTES if on_gpu else 0
+    plan = StoragePlan(layout, placements, piece_numel, staging_bytes)
+    room = (host_room if config.host_budget is None else config.host_budget) - plan.tier_bytes(Tier.HOST)
+    return replace(plan, placements=_gradients_to_host(layout.chunks, placements, room))
+
+
+def _gradients_to_host(specs: list[ChunkSpec], placements: list[ChunkPlacement], room: int) -> list[ChunkPlacement]:
+    """Gradients that would wait on the drive wait on the host while there is room."""
+    result = []
+    for spec, placement in zip(specs, placements, strict=True):
+        if placement.gradient_tier is Tier.NVME and spec.trainable:
+            on_host = replace(placement, gradient_tier=Tier.HOST)
+            if on_host.gradient_bytes(spec) <= room:
+                room -= on_host.gradient_bytes(spec)
+                placement = on_host
+        result.append(placement)
+    return result
+
+
+def check_budgets(plan: StoragePlan, config: EngineConfig) -> None:
+    """Raises OutOfBudgetError when a budget does not hold what must be stored."""
+    for tier, budget, field in (
+        (Tier.DEVICE, config.device_budget, "device_budget"),
+        (Tier.HOST, config.host_budget, "host_budget"),
+    ):
+        needed = plan.tier_bytes(tier)
+        if budget is not None and needed > budget:
+            raise OutOfBudgetError(
+                f"{field} is {budget} bytes, and what is at rest on the {tier.value} takes {needed} bytes: "
+                "raise it, shard over more ranks, or offload more"
+            )
