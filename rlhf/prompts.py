@@ -5,7 +5,7 @@ import io
 from dataclasses import dataclass, field
 
 from .batches import epoch_order
-from .data import Row, _messages, _read_text, _text, read_rows
+from .data import Row, _read_text, messages_of, read_rows, text_of
 from .errors import InputError
 from .templates import encode_prompt, prompt_renderer
 
@@ -56,11 +56,11 @@ def read_prompts(path, tokenizer, prompt_format="auto", max_prompt_len=512, limi
 
 def _prompt_messages(row, key):
     if key not in row.values or isinstance(row.values[key], str):
-        message = {"role": "user", "content": _text(row, key)}
+        message = {"role": "user", "content": text_of(row, key)}
         if key == "instruction" and row.values.get("input"):
-            message["input"] = _text(row, "input")
+            message["input"] = text_of(row, "input")
         return [message]
-    messages = _messages(row, key, row.values[key])
+    messages = messages_of(row, key, row.values[key])
     while messages and messages[-1]["role"] == "assistant":  # what was answered once is not the question
         messages.pop()
     if not messages:
