@@ -25,12 +25,13 @@ def dequantize_(weight: GptqWeight, out: Tensor, first_column: int) -> None:
 
 
 def matmul(x: Tensor, weight: GptqWeight) -> Tensor:
-    """x [M, K], contiguous and in the order of the stored rows, times the weight, plus its bias: [M, N]."""
+    """x [M, K], contiguous, in the order of the input, times the weight, plus its bias: [M, N]."""
     whole_words = weight.bits != 3 and weight.group_size % (32 // weight.bits) == 0
     one_group = weight.bits != 3 and weight.group_size == weight.in_features
     few = len(x) <= PACKED_ROWS[x.dtype]
     if few and (whole_words or one_group) and native.best_isa() != "torch":
-        y = native.gptq_matmul(x.float(), weight, native.best_isa())
+        x_stored = x if weight.perm is None else x.index_select(1, weight.perm)
+        y = native.gptq_matmul(x_stored.float(), weight, native.best_isa())
     else:
         y = dense_matmul(x, weight)
     if weight.bias is not None:

@@ -67,11 +67,8 @@ def _dequantize(qweight, scales, zeros, perm, bits, group_size, in_features, dty
 
 
 def _matmul(x, qweight, scales, zeros, perm, bias, bits, group_size, in_features):
-    weight = GptqWeight(qweight, scales, zeros, None, bias, bits, group_size, in_features)
-    x_rows = x.reshape(-1, in_features)
-    if perm is not None:
-        x_rows = x_rows.index_select(1, perm)
-    y = _implementation(qweight).matmul(x_rows.contiguous(), weight)
+    weight = GptqWeight(qweight, scales, zeros, perm, bias, bits, group_size, in_features)
+    y = _implementation(qweight).matmul(x.reshape(-1, in_features).contiguous(), weight)
     return y.view(*x.shape[:-1], weight.out_features)
 
 

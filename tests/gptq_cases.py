@@ -7,7 +7,7 @@ from megalith.kernels import GptqWeight, pack_codes, prepare_gptq_weight
 CASES = {
     "plain": (4, 256, 64, 128, False, True, False),
     "asymmetric": (4, 256, 72, 64, False, False, True),
-    "wide": (4, 128, 1300, 32, False, False, False),
+    "wide": (4, 64, 1300, 32, False, False, False),
     "act_order": (4, 384, 40, 128, True, False, True),
     "one_group": (4, 200, 33, -1, False, False, False),
     "partial_group": (4, 320, 50, 128, True, True, True),
