@@ -32,6 +32,7 @@ bench: install
 gpu:
 	$(BIN)/python -m pytest tests/gpu
 	$(BIN)/python -m megalith.bench.step --device cuda
+	$(BIN)/python -m megalith.bench.kernels --device cuda --models 7b 13b 70b --json bench/results/kernels_cuda.json
 
 clean:
 	rm -rf $(VENV) build *.egg-info kernels/*.so demo_out runs
