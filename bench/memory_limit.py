@@ -7,37 +7,13 @@ to root), `RLIMIT_DATA` bounds the private writable memory of each process inste
 """
 
 import contextlib
-import os
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-
-@dataclass(frozen=True)
-class CgroupFiles:
-    """How one version of the memory controller calls its files."""
-
-    version: str
-    limit: str
-    swap: tuple[str, str]
-    """File and value that keep the group's pages out of swap; the limit itself in version 1, where it counts both."""
-    peak: str
-    events: str
-    """Has a line `oom_kill COUNT`."""
-
-
-V1 = CgroupFiles(
-    "cgroup v1",
-    limit="memory.limit_in_bytes",
-    swap=("memory.memsw.limit_in_bytes", "{limit}"),
-    peak="memory.max_usage_in_bytes",
-    events="memory.oom_control",
-)
-V2 = CgroupFiles(
-    "cgroup v2", limit="memory.max", swap=("memory.swap.max", "0"), peak="memory.peak", events="memory.events"
-)
+from ..engine.cgroups import V2, CgroupFiles, OwnGroup, own_groups
 
 
 @dataclass(frozen=True)
@@ -93,7 +69,7 @@ def memory_limit(nbytes: int | None) -> Iterator[MemoryLimit]:
 
 def make_group(nbytes: int) -> tuple[Path, CgroupFiles] | None:
     """A new group with the limit set, below the first of `parent_groups` where that can be done; None if nowhere."""
-    for parent, files in parent_groups(Path("/proc/self/cgroup").read_text(), Path("/proc/self/mountinfo").read_text()):
+    for parent, files in parent_groups(own_groups()):
         group = parent / f"megalith-{uuid.uuid4().hex[:8]}"
         try:
             group.mkdir()
@@ -111,38 +87,13 @@ def make_group(nbytes: int) -> tuple[Path, CgroupFiles] | None:
     return None
 
 
-def parent_groups(own_groups: str, mounts: str) -> Iterator[tuple[Path, CgroupFiles]]:
-    """Where a group may be made, given the text of /proc/self/cgroup and /proc/self/mountinfo.
-
-    In version 2 a group that holds processes cannot limit groups below it: so its own parent comes next.
-    """
-    mounted = dict(_mounted(mounts))
-    for line in own_groups.splitlines():
-        _, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(",") and V1 in mounted:
-            yield _below(mounted[V1], path), V1
-        elif controllers == "" and V2 in mounted:
-            own = _below(mounted[V2], path)
-            yield own, V2
-            if own != mounted[V2][1]:
-                yield own.parent, V2
-
-
-def _mounted(mounts: str) -> Iterator[tuple[CgroupFiles, tuple[str, Path]]]:
-    """The root group and the folder of each version's mount; proc(5) tells the fields."""
-    for line in mounts.splitlines():
-        left, right = line.split(" - ")
-        root, folder = left.split()[3:5]
-        kind, options = right.split()[0], right.split()[-1].split(",")
-        if kind == "cgroup" and "memory" in options:
-            yield V1, (root, Path(folder))
-        elif kind == "cgroup2":
-            yield V2, (root, Path(folder))
-
-
-def _below(mount: tuple[str, Path], path: str) -> Path:
-    root, folder = mount
-    return folder / os.path.relpath(path, root) if path.startswith(root) else folder
+def parent_groups(own: list[OwnGroup]) -> Iterator[tuple[Path, CgroupFiles]]:
+    """Where a group may be made. In version 2 a group that holds processes cannot limit groups below it: so its own
+    parent comes next."""
+    for group in own:
+        yield group.path, group.files
+        if group.files is V2 and group.path != group.root:
+            yield group.path.parent, V2
 
 
 def remove_group(group: Path) -> None:

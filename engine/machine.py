@@ -5,26 +5,16 @@ from pathlib import Path
 
 import torch
 
+from .cgroups import available_bytes
 from .collectives import RankGroup
-
-CGROUP = Path("/sys/fs/cgroup")
 
 
 def host_available_bytes() -> int:
-    """Memory that this process could still take: of the machine, and of its control group where that has a limit."""
+    """Memory that this process could still take: of the machine, and of its control groups where those have a limit."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
-    for limit_name, usage_name in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            limit = (CGROUP / limit_name).read_text().strip()
-            if limit != "max":
-                available = min(available, int(limit) - int((CGROUP / usage_name).read_text()))
-        except (OSError, ValueError):
-            continue
-    return max(available, 1)
+    in_groups = available_bytes()
+    return max(1, available if in_groups is None else min(available, in_groups))
 
 
 def host_room_of(device: torch.device, group: RankGroup) -> int:

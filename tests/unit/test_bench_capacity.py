@@ -10,7 +10,8 @@ import pytest
 from megalith.bench import capacity, memory_limit
 from megalith.bench.capacity import Rung, largest
 from megalith.bench.launch import RankError
-from megalith.bench.memory_limit import V1, V2, MemoryLimit, parent_groups
+from megalith.bench.memory_limit import MemoryLimit, parent_groups
+from megalith.engine.cgroups import V1, V2, left_in, parse_groups
 
 # The search
 
@@ -152,19 +153,42 @@ MOUNTS_2 = "30 25 0:25 {root} /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup
 
 
 def test_groups_of_version_1_are_made_below_our_own():
-    groups = list(parent_groups("4:memory:/job/7\n3:cpu:/\n0::/\n", MOUNTS))
-    assert groups == [(Path("/sys/fs/cgroup/memory/job/7"), V1)]
+    own = list(parse_groups("4:memory:/job/7\n3:cpu:/\n0::/\n", MOUNTS))
+    assert list(parent_groups(own)) == [(Path("/sys/fs/cgroup/memory/job/7"), V1)]
 
 
 @pytest.mark.parametrize(("root", "path"), [("/", "/user/app/run"), ("/docker/5", "/docker/5/user/app/run")])
 def test_groups_of_version_2_are_made_below_our_own_or_beside_it(root, path):
-    groups = list(parent_groups(f"0::{path}\n", MOUNTS_2.format(root=root)))
+    groups = list(parent_groups(list(parse_groups(f"0::{path}\n", MOUNTS_2.format(root=root)))))
     own = Path("/sys/fs/cgroup/user/app/run")
     assert groups == [(own, V2), (own.parent, V2)]
 
 
 def test_at_the_root_of_version_2_there_is_nothing_above():
-    assert list(parent_groups("0::/\n", MOUNTS_2.format(root="/"))) == [(Path("/sys/fs/cgroup"), V2)]
+    own = list(parse_groups("0::/\n", MOUNTS_2.format(root="/")))
+    assert list(parent_groups(own)) == [(Path("/sys/fs/cgroup"), V2)]
+
+
+@pytest.mark.parametrize("files", [V1, V2])
+def test_what_a_group_leaves(tmp_path, files):
+    (tmp_path / files.limit).write_text("1000\n")
+    (tmp_path / files.usage).write_text("700\n")
+    (tmp_path / "memory.stat").write_text(f"anon 500\n{files.file_pages[0]} 40\n{files.file_pages[1]} 2\n")
+    assert left_in(tmp_path, files) == 342
+    (tmp_path / files.limit).write_text("max\n")
+    assert left_in(tmp_path, files) is None
+    assert left_in(tmp_path / "none", files) is None
+
+
+LEFT = "from megalith.engine.cgroups import available_bytes; print(available_bytes())"
+
+
+def test_a_process_sees_the_limit_that_it_runs_under():
+    with memory_limit.memory_limit(400_000_000) as limit:
+        if limit.group is None:
+            pytest.skip("no control group can be made here")
+        told = subprocess.run(limit.command([sys.executable, "-c", LEFT]), capture_output=True, text=True)
+        assert 0 < int(told.stdout) < 400_000_000, told.stderr
 
 
 GREEDY = "import sys; print(len(bytearray(int(sys.argv[1]))))"
@@ -193,7 +217,7 @@ def test_a_resource_limit_makes_allocations_fail():
 
 
 def test_without_groups_the_resource_limit_is_taken(monkeypatch):
-    monkeypatch.setattr(memory_limit, "parent_groups", lambda own, mounts: iter(()))
+    monkeypatch.setattr(memory_limit, "parent_groups", lambda own: iter(()))
     with memory_limit.memory_limit(10**8) as limit:
         assert limit.kind == "RLIMIT_DATA" and limit.command(["x"])[-2:] == [str(10**8 // 1024), "x"]
     with memory_limit.memory_limit(None) as limit:
