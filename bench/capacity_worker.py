@@ -2,8 +2,9 @@
 
     python -m megalith.bench.capacity_worker OPTIONS_JSON RESULT_FILE
 
-Exits with OUT_OF_MEMORY where an allocation failed, and with another status for any other error. Three losses are
-taken on the same tokens, the last one in a forward pass alone: so both updates have been made and can be seen.
+Exits with OUT_OF_MEMORY where memory or the drive did not suffice, and with another status for any other error. Three
+losses are taken on the same tokens, the last one in a forward pass alone: so both updates have been made and can be
+seen.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 OUT_OF_MEMORY = 3
 """Exit status."""
 
-ALLOCATION_FAILED = re.compile("can't allocate memory|out of memory|Cannot allocate memory|bad_alloc")
+ALLOCATION_FAILED = re.compile("can't allocate memory|out of memory|Cannot allocate memory|bad_alloc|No space left")
 
 
 @dataclass
