@@ -19,6 +19,7 @@ STAGES = {
     "ppo": ("train_ppo", "reinforcement learning from a reward model, a function or a server"),
     "serve": ("server", "a model behind OpenAI's API and a chat page"),
     "chat": ("chat", "a conversation in the terminal"),
+    "quantize": ("quantize", "4-bit weights by GPTQ"),
 }
 
 
