@@ -37,8 +37,8 @@ class Chat:
     def say(self, text):
         """Ask and write the answer as it comes; returns its number of tokens and the seconds they took.
 
-        Raises InputError where it cannot be asked; the conversation is then as before. KeyboardInterrupt ends the
-        answer, and what there is of it stays in the conversation.
+        Raises InputError where it cannot be asked and RuntimeError where the model fails; the conversation is then as
+        before. KeyboardInterrupt ends the answer, and what there is of it stays in the conversation.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         stream = self._submit(messages)
@@ -51,6 +51,9 @@ class Chat:
                     self._write(pieces[-1])
         except KeyboardInterrupt:
             stream.cancel()
+        except Exception as error:
+            self._write("\n")
+            raise RuntimeError(f"the answer failed: {error}") from error
         pieces.append(text.finish())
         self._write(pieces[-1] + "\n")
         self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
@@ -144,7 +147,7 @@ def converse(chat, lines, note):
             elif line.strip():
                 count, seconds = chat.say(line)
                 note(f"{count} tokens, {count / max(seconds, 1e-9):.1f} tokens/s")
-        except InputError as error:
+        except (InputError, RuntimeError) as error:  # the conversation is worth more than the program's end
             note(f"error: {error}")
 
 

@@ -115,3 +115,11 @@ def test_ctrl_c_keeps_what_was_said(terminal):
     terminal.types("hello")
     assert terminal.batcher.streams[-1].is_cancelled
     assert terminal.chat.messages[-1] == {"role": "assistant", "content": "<|user"}
+
+
+def test_a_model_that_fails_does_not_end_the_conversation():
+    terminal = Terminal(lambda prompt: FloatingPointError("not finite") if "bad" in prompt else "fine")
+    assert terminal.types("hi", "bad", "again") == "fine\n\nfine\n"
+    assert terminal.notes[1] == "error: the answer failed: not finite"
+    assert [message["content"] for message in terminal.chat.messages] == ["hi", "fine", "again", "fine"]
+    terminal.batcher.close()
