@@ -47,7 +47,7 @@ def serve(*argv):
 
 @pytest.fixture(scope="module")
 def server():
-    with serve("llama-tiny", "--max_batch", str(CLIENTS)) as started:
+    with serve("llama-tiny", "--max_batch", str(CLIENTS), "--kv_budget_gb", "0.03") as started:
         yield started
 
 
@@ -57,42 +57,47 @@ def body_of(number, max_tokens=100):
     return {"messages": messages, **options, "stream": True, "stream_options": {"include_usage": True}}
 
 
-async def one_answer(client, number):
-    """The text and the number of tokens of a streamed answer; fails where the stream is not whole."""
-    text, usage, reason, last = "", None, None, None
-    async with client.stream("POST", "/v1/chat/completions", json=body_of(number)) as response:
-        assert response.status_code == 200, await response.aread()
-        async for line in response.aiter_lines():
-            if not line:
-                continue
-            last = line.removeprefix("data: ")
-            if last != "[DONE]":
-                chunk = json.loads(last)
-                usage = chunk["usage"] or usage
-                for choice in chunk["choices"]:
-                    text += choice["delta"].get("content", "")
-                    reason = choice["finish_reason"] or reason
-    assert last == "[DONE]" and reason in ("stop", "length"), "an answer was lost"
+async def one_answer(address, number):
+    """The text and the number of tokens of a streamed answer; fails where the stream is not whole.
+
+    Read from the socket: a client library would take more of the two cores than the server.
+    """
+    host, port = address.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    body = json.dumps(body_of(number)).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
+    text, usage, reason, last = "", None, None, b""
+    assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+    async for line in reader:
+        if not line.startswith(b"data: "):
+            continue  # headers, lengths of chunks, empty lines
+        last = line.removeprefix(b"data: ").strip()
+        if last != b"[DONE]":
+            chunk = json.loads(last)
+            usage = chunk["usage"] or usage
+            for choice in chunk["choices"]:
+                text += choice["delta"].get("content", "")
+                reason = choice["finish_reason"] or reason
+    writer.close()
+    assert last == b"[DONE]" and reason in ("stop", "length"), "an answer was lost"
     return text, usage["completion_tokens"]
 
 
 async def load(address, clients, seconds):
     """Answers by number, and tokens a second, of `clients` that ask one question after the other."""
-    answers, counts = {}, []
-    limits = httpx2.Limits(max_connections=clients)
-    async with httpx2.AsyncClient(base_url=address, timeout=60, limits=limits, trust_env=False) as client:
-        began = time.monotonic()
+    answers, counts, began = {}, [], time.monotonic()
 
-        async def ask(first):
-            number = first
-            while time.monotonic() - began < seconds:
-                text, count = await one_answer(client, number % 40)
-                assert answers.setdefault(number % 40, text) == text, "an answer is garbled"
-                counts.append(count)
-                number += clients
+    async def ask(first):
+        number = first
+        while time.monotonic() - began < seconds:
+            text, count = await one_answer(address, number % 40)
+            assert answers.setdefault(number % 40, text) == text, "an answer is garbled"
+            counts.append(count)
+            number += clients
 
-        await asyncio.gather(*(ask(index) for index in range(clients)))
-        return answers, sum(counts) / (time.monotonic() - began)
+    await asyncio.gather(*(ask(index) for index in range(clients)))
+    return answers, sum(counts) / (time.monotonic() - began)
 
 
 def test_many_streaming_clients_lose_nothing_and_share_the_work(server):
@@ -105,7 +110,7 @@ def test_many_streaming_clients_lose_nothing_and_share_the_work(server):
     print(f"{alone_speed:.0f} tokens/s alone, {speed:.0f} with {CLIENTS} clients; grown by {grown / 1e6:.1f} MB")
     assert all(answers[number] == text for number, text in alone.items() if number in answers)
     assert speed > 4 * alone_speed
-    assert grown < 16e6
+    assert grown < 32e6
     assert httpx2.get(f"{address}/stats").json()["running"] == 0
 
 
