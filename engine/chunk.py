@@ -6,7 +6,6 @@ saved stay right; it is written through `.data`, so that no version counter move
 `full` for good, and its weight at rest is a slice of it: with one rank the shard and the whole are the same memory.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -49,6 +48,16 @@ class OwnedSlot:
         return self.shard_start + self.stop - self.start
 
 
+def _owned_slots(spec: ChunkSpec, placement: ChunkPlacement) -> tuple[OwnedSlot, ...]:
+    owned_start, owned_stop = placement.owned
+    result = []
+    for slot in spec.slots:
+        start, stop = max(slot.offset_numel, owned_start), min(slot.stop_numel, owned_stop)
+        if start < stop:
+            result.append(OwnedSlot(slot, start - slot.offset_numel, stop - slot.offset_numel, start - owned_start))
+    return tuple(result)
+
+
 class Chunk:
     def __init__(self, name: str, index: int, spec: ChunkSpec, placement: ChunkPlacement, storage: Storage) -> None:
         self.name = name
@@ -56,6 +65,8 @@ class Chunk:
         """Place among all chunks of the model: the tag of its transfers."""
         self.spec = spec
         self.placement = placement
+        self.owned_slots = _owned_slots(spec, placement)
+        """The parts of this chunk's parameters in the owned range, in storage order."""
         self._storage = storage
         self.state = ShardState.UNSHARDED
         self.full: torch.Tensor  # 1D [numel]
@@ -182,11 +193,3 @@ class Chunk:
             remainder = in_memory(self.remainder[part])
             return join_master(in_memory(self.weight[part]).to(remainder.device), remainder)
         return in_memory((self.weight if self.master is None else self.master)[part])
-
-    def owned_slots(self) -> Iterator[OwnedSlot]:
-        """The parts of this chunk's parameters in the owned range, in storage order."""
-        owned_start, owned_stop = self.placement.owned
-        for slot in self.spec.slots:
-            start, stop = max(slot.offset_numel, owned_start), min(slot.stop_numel, owned_stop)
-            if start < stop:
-                yield OwnedSlot(slot, start - slot.offset_numel, stop - slot.offset_numel, start - owned_start)

@@ -65,6 +65,7 @@ class GradientPart:
     start: int
     stop: int
     values: torch.Tensor | DiskTensor  # 1D [stop - start]
+    squares: torch.Tensor | None = None  # float64 [1], their sum, where it was taken already
 
 
 class ChunkGradient:
@@ -73,6 +74,7 @@ class ChunkGradient:
         self._traffic = traffic
         self._stays = not traffic.group.is_distributed and chunk.placement.optimizer_tier is Tier.DEVICE
         self._kept: dict[str, torch.Tensor] = {}  # by name, each 1D [slot numel], where gradients stay
+        self._kept_squares: dict[str, torch.Tensor] = {}  # by name, float64 [1], of those that are complete
         self._local: torch.Tensor | None = None  # 1D [numel], on the device
         self._landed: set[str] = set()
         self._reduced: torch.Tensor | DiskTensor | None = None  # 1D [owned_numel], on its tier
@@ -84,12 +86,14 @@ class ChunkGradient:
         """Something landed that has not been reduced."""
         return self._local is not None
 
-    def land(self, slot: Slot, gradient: torch.Tensor) -> None:
+    def land(self, slot: Slot, gradient: torch.Tensor, final: bool) -> None:
+        """`final`: the step comes next, so that where gradients stay the norm is taken while this one is in the
+        cache."""
         if gradient.layout is not torch.strided:
             raise RuntimeError(f"{slot.fqn}: a sparse gradient; build its embedding with sparse=False")
         self._sum_of_squares = None
         if self._stays:
-            self._keep(slot.fqn, gradient.contiguous().view(-1))
+            self._keep(slot.fqn, gradient.contiguous().view(-1), final)
             return
         if self._local is None:
             self._local = self._traffic.pool.take(self.chunk.spec.numel, gradient.dtype)
@@ -102,12 +106,15 @@ class ChunkGradient:
             place.copy_(gradient)
             self._landed.add(slot.fqn)
 
-    def _keep(self, fqn: str, gradient: torch.Tensor) -> None:
+    def _keep(self, fqn: str, gradient: torch.Tensor, final: bool) -> None:
         earlier = self._kept.pop(fqn, None)
+        self._kept_squares.pop(fqn, None)
         if earlier is not None:
             self._enter(-earlier.nbytes)
             gradient = earlier.float().add_(gradient)
         self._kept[fqn] = gradient
+        if final:
+            self._kept_squares[fqn] = sum_of_squares(gradient)
         self._enter(gradient.nbytes)
 
     def _enter(self, nbytes: int) -> None:
@@ -119,8 +126,6 @@ class ChunkGradient:
         `final`: no more is expected before the step, so that the norm is taken while the values are in the cache.
         """
         if self._stays:
-            if final:
-                self.squares()
             return
         local = self._take_local()
         earlier = self.finish()  # the lane adds to it, so the reduction that made it must have ended
@@ -192,7 +197,10 @@ class ChunkGradient:
         """What the step consumes, in storage order."""
         if self._stays:
             slots = [slot for slot in self.chunk.spec.slots if slot.fqn in self._kept]
-            return [GradientPart(slot.offset_numel, slot.stop_numel, self._kept[slot.fqn]) for slot in slots]
+            return [
+                GradientPart(slot.offset_numel, slot.stop_numel, self._kept[slot.fqn], self._kept_squares.get(slot.fqn))
+                for slot in slots
+            ]
         reduced = self.finish()
         return [] if reduced is None else [GradientPart(0, reduced.numel(), reduced)]
 
@@ -200,7 +208,7 @@ class ChunkGradient:
         """The sum of squares of all parts; a tensor (float64 [1]) where it is still being computed."""
         parts = self.parts()
         if self._sum_of_squares is None:
-            values = [sum_of_squares(in_memory(part.values)) for part in parts]
+            values = [sum_of_squares(in_memory(p.values)) if p.squares is None else p.squares for p in parts]
             self._sum_of_squares = torch.cat(values).sum() if values else 0.0
         return self._sum_of_squares
 
@@ -221,6 +229,7 @@ class ChunkGradient:
         for kept in self._kept.values():
             self._enter(-kept.nbytes)
         self._kept.clear()
+        self._kept_squares.clear()
         reduced = self.finish()
         if self._local is not None:
             self._traffic.pool.give_back(self._take_local())

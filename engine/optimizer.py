@@ -243,7 +243,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def _runs(self, chunk: Chunk, touched: set[str], parts: list[GradientPart]) -> Iterator[Run]:
         """The owned slots, cut where the part of the gradient, the group, the step number or being touched changes."""
         for part in parts:
-            slots = [o for o in chunk.owned_slots() if part.start <= o.shard_start < part.stop]
+            slots = [o for o in chunk.owned_slots if part.start <= o.shard_start < part.stop]
             for (is_touched, group, step), same in groupby(slots, lambda owned: self._kind(owned.slot, touched)):
                 same = list(same)
                 if is_touched:

@@ -152,7 +152,7 @@ def _pieces(engine: Engine) -> Iterator[tuple[Piece, Any]]:
             continue
         payloads = ("master", "exp_avg", "exp_avg_sq") if chunk.spec.trainable else ("weight",)
         dtype = torch.float32 if chunk.spec.trainable else chunk.spec.dtype
-        for owned in chunk.owned_slots():
+        for owned in chunk.owned_slots:
             for payload in payloads:
                 yield (
                     Piece(payload, owned.slot.fqn, owned.start, owned.stop - owned.start, dtype),
@@ -162,7 +162,7 @@ def _pieces(engine: Engine) -> Iterator[tuple[Piece, Any]]:
 
 def _load_chunk(chunk: Chunk, saved: checkpoint_files.Checkpoint) -> None:
     dtype = torch.float32 if chunk.spec.dtype.is_floating_point else chunk.spec.dtype
-    for owned in chunk.owned_slots():
+    for owned in chunk.owned_slots:
         fqn, part = owned.slot.fqn, owned.shard_slice
         values = torch.empty(owned.stop - owned.start, dtype=dtype)
         saved.fill("master" if saved.holds("master", fqn) else "weight", fqn, owned.start, values)

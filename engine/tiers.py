@@ -47,22 +47,23 @@ class Ledger:
         self._lock = threading.Lock()
         self._now: Counter[tuple[Tier, Payload]] = Counter()
         self._peak: Counter[tuple[Tier, Payload]] = Counter()
+        self._tier_now: Counter[Tier] = Counter()
         self._tier_peak: Counter[Tier] = Counter()
 
     def add(self, tier: Tier, payload: Payload, nbytes: int) -> None:
         """`nbytes` is negative when storage is freed. Raises RuntimeError when more is freed than was stored."""
         key = (tier, payload)
         with self._lock:
-            self._now[key] += nbytes
-            if self._now[key] < 0:
-                raise RuntimeError(
-                    f"ledger: {-self._now[key]} bytes more of {payload.value} freed than stored on {tier.value}"
-                )
-            self._peak[key] = max(self._peak[key], self._now[key])
-            self._tier_peak[tier] = max(self._tier_peak[tier], self.tier_bytes(tier))
+            now = self._now[key] = self._now[key] + nbytes
+            if now < 0:
+                raise RuntimeError(f"ledger: {-now} bytes more of {payload.value} freed than stored on {tier.value}")
+            tier_now = self._tier_now[tier] = self._tier_now[tier] + nbytes
+            if nbytes > 0:
+                self._peak[key] = max(self._peak[key], now)
+                self._tier_peak[tier] = max(self._tier_peak[tier], tier_now)
 
     def tier_bytes(self, tier: Tier) -> int:
-        return sum(self._now[tier, payload] for payload in Payload)
+        return self._tier_now[tier]
 
     def report(self) -> dict[str, dict[str, dict[str, int]]]:
         """{tier: {payload: {"bytes", "peak_bytes"}}} of what was ever stored, and each tier's "total"."""
