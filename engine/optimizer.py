@@ -13,6 +13,7 @@ from .chunk import Chunk
 from .chunk_group import ChunkGroup
 from .collectives import RankGroup, sum_over_ranks
 from .config import EngineConfig, Precision
+from .disk_tensor import DiskTensor
 from .gradients import ChunkGradient, GradientPart
 from .hooks import Schedule
 from .lanes import Lane
@@ -41,6 +42,13 @@ def read_adam_groups(optimizer: torch.optim.Optimizer) -> None:
             "the optimizer has stepped already, and its state would be lost: "
             "give a new one, and load a checkpoint with load_checkpoint"
         )
+
+
+def _cut(parts: list[GradientPart], start: int, stop: int) -> Iterator[torch.Tensor | DiskTensor]:
+    """The gradient of the owned elements [start, stop)."""
+    for part in parts:
+        if part.start < stop and start < part.stop:
+            yield part.values[max(start - part.start, 0) : stop - part.start]
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -241,15 +249,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
             chunk.pending = WrittenEvent(self._lane.submit(work, f"update {chunk.name}"), writes)
 
     def _runs(self, chunk: Chunk, touched: set[str], parts: list[GradientPart]) -> Iterator[Run]:
-        """The owned slots, cut where the part of the gradient, the group, the step number or being touched changes."""
-        for part in parts:
-            slots = [o for o in chunk.owned_slots if part.start <= o.shard_start < part.stop]
-            for (is_touched, group, step), same in groupby(slots, lambda owned: self._kind(owned.slot, touched)):
+        """The owned slots, cut where the group, the step number or being touched changes."""
+        for (is_touched, group, step), same in groupby(
+            chunk.owned_slots, lambda owned: self._kind(owned.slot, touched)
+        ):
+            if is_touched:
                 same = list(same)
-                if is_touched:
-                    start, stop = same[0].shard_start, same[-1].shard_stop
-                    values = part.values[start - part.start : stop - part.start]
-                    yield Run(start, stop, values, self._hyper(group, step))
+                start, stop = same[0].shard_start, same[-1].shard_stop
+                gradient = tuple(_cut(parts, start, stop))
+                yield Run(start, stop, gradient[0] if len(gradient) == 1 else gradient, self._hyper(group, step))
 
     def _kind(self, slot: Slot, touched: set[str]) -> tuple[bool, int, int]:
         return slot.fqn in touched, slot.optimizer_group, self.steps_taken[slot.fqn]

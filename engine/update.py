@@ -24,11 +24,12 @@ class Run:
 
     start: int
     stop: int
-    gradient: torch.Tensor | DiskTensor  # 1D [stop - start], not yet multiplied by the factor
+    gradient: torch.Tensor | DiskTensor | tuple[torch.Tensor, ...]
+    """1D [stop - start], not yet multiplied by the factor; several tensors where they stayed as autograd made them."""
     hyper: AdamHyper
 
     def cut(self, start: int, stop: int) -> "Run":
-        """What of it lies in [start, stop)."""
+        """What of it lies in [start, stop), where the gradient is one."""
         start, stop = max(start, self.start), min(stop, self.stop)
         return Run(start, stop, self.gradient[start - self.start : stop - self.start], self.hyper)
 

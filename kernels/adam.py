@@ -12,7 +12,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 @torch.no_grad()
 def fused_adam_(
     weight: Tensor,
-    grad: Tensor,
+    grad: Tensor | tuple[Tensor, ...],
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     hyper: AdamHyper,
@@ -25,8 +25,9 @@ def fused_adam_(
     """One step of Adam or AdamW, in place, on the device of the tensors.
 
     All tensors are one-dimensional, contiguous, of equal numel and on one CPU or CUDA device; they may be views of a
-    larger buffer at any offset. `grad` is float32, bfloat16 or float16; the moments are float32. What else is given
-    says where the float32 master of the weight is:
+    larger buffer at any offset. `grad` is float32, bfloat16 or float16, and may be several tensors that follow each
+    other, as autograd leaves them; the moments are float32. What else is given says where the float32 master of the
+    weight is:
 
     - float32 `weight` alone: the weight is the master;
     - bfloat16 `weight` and int16 `remainder`: its two halves, as `split_master` makes them;
@@ -49,7 +50,8 @@ def fused_adam_(
         # Here, because a machine without CUDA need not load Triton.
         from .adam_triton import triton_adam_
 
-        triton_adam_(tensors, hyper, factor, found_inf)
+        for part in tensors.by_grad():
+            triton_adam_(part, hyper, factor, found_inf)
 
 
 def _check(tensors: AdamTensors, factor: Tensor, found_inf: Tensor) -> None:
@@ -66,13 +68,19 @@ def _check(tensors: AdamTensors, factor: Tensor, found_inf: Tensor) -> None:
         weight_dtypes = (torch.float32,)
     accepted = {
         "weight": weight_dtypes,
-        "grad": (torch.float32, *_HALVES),
         "exp_avg": (torch.float32,),
         "exp_avg_sq": (torch.float32,),
         "remainder": (torch.int16,),
         "master": (torch.float32,),
     }
-    for name, tensor in tensors._asdict().items():
+    if isinstance(tensors.grad, tuple):
+        grad_numel = sum(grad.numel() for grad in tensors.grad)
+        if grad_numel != weight.numel():
+            raise ValueError(f"grad has {grad_numel} elements, but {weight.numel()} are needed")
+    for grad in tensors.grads:
+        numel = grad.numel() if isinstance(tensors.grad, tuple) else weight.numel()
+        _check_tensor("grad", grad, (torch.float32, *_HALVES), numel, weight.device)
+    for name, tensor in tensors._replace(grad=None)._asdict().items():
         if tensor is not None:
             _check_tensor(name, tensor, accepted[name], weight.numel(), weight.device)
     _check_tensor("factor", factor, (torch.float32,), 1, weight.device)

@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,15 +63,28 @@ class AdamHyper:
 
 
 class AdamTensors(NamedTuple):
-    """The tensors of one step, all [numel]; `fused_adam_` tells which go together."""
+    """The tensors of one step, all [numel]; `fused_adam_` tells which go together. A gradient may also be a tuple of
+    tensors that follow each other."""
 
     weight: Tensor
-    grad: Tensor
+    grad: Tensor | tuple[Tensor, ...]
     exp_avg: Tensor
     exp_avg_sq: Tensor
     remainder: Tensor | None = None
     master: Tensor | None = None
 
     def block(self, start: int, stop: int) -> "AdamTensors":
-        """Views of the elements from `start` to `stop`."""
+        """Views of the elements from `start` to `stop`, where the gradient is one tensor."""
         return AdamTensors(*(None if tensor is None else tensor[start:stop] for tensor in self))
+
+    @property
+    def grads(self) -> tuple[Tensor, ...]:
+        return self.grad if isinstance(self.grad, tuple) else (self.grad,)
+
+    def by_grad(self) -> Iterator["AdamTensors"]:
+        """The same step as one for each tensor of the gradient."""
+        start = 0
+        for grad in self.grads:
+            views = (None if t is None else t[start : start + grad.numel()] for t in self._replace(grad=None))
+            yield AdamTensors(*views)._replace(grad=grad)
+            start += grad.numel()

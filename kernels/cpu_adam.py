@@ -19,5 +19,6 @@ def cpu_adam_(tensors: AdamTensors, hyper: AdamHyper, factor: Tensor, found_inf:
 
 def blocked_adam_(tensors: AdamTensors, hyper: AdamHyper, factor: Tensor, found_inf: Tensor) -> None:
     """The same step in torch operations, block by block."""
-    for start in range(0, tensors.weight.numel(), _BLOCK_NUMEL):
-        adam_reference_(tensors.block(start, start + _BLOCK_NUMEL), hyper, factor, found_inf)
+    for part in tensors.by_grad():
+        for start in range(0, part.weight.numel(), _BLOCK_NUMEL):
+            adam_reference_(part.block(start, start + _BLOCK_NUMEL), hyper, factor, found_inf)

@@ -69,16 +69,15 @@ def adam_(tensors: AdamTensors, scalars: AdamScalars, *, decoupled: bool, factor
         form = _MASTER[tensors.weight.dtype]
     else:
         form = _FLOAT32
-    library().megalith_cpu_adam(
-        form,
-        _DTYPES.index(tensors.grad.dtype),
-        *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
-        tensors.weight.numel(),
-        ctypes.byref(_Scalars(*scalars, factor)),
-        decoupled,
-        _isa_number(isa),
-        torch.get_num_threads(),
-    )
+    call = library().megalith_cpu_adam
+    after = (ctypes.byref(_Scalars(*scalars, factor)), decoupled, _isa_number(isa), torch.get_num_threads())
+    starts = [(0, 0) if t is None else (t.data_ptr(), t.element_size()) for t in tensors._replace(grad=None)]
+    done_numel = 0
+    for grad in tensors.grads:
+        places = [address + done_numel * size or None for address, size in starts]
+        places[1] = grad.data_ptr()
+        call(form, _DTYPES.index(grad.dtype), *places, grad.numel(), *after)
+        done_numel += grad.numel()
 
 
 def sum_of_squares(x: Tensor, isa: str) -> Tensor:

@@ -7,7 +7,6 @@ from . import native
 from .reference import sum_of_squares_reference
 
 
-@torch.no_grad()
 def sum_of_squares(x: Tensor) -> Tensor:
     """Sum of the squares of `x` (float32, bfloat16 or float16, [numel], contiguous): float64 [1] on its device.
 

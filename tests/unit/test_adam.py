@@ -104,6 +104,18 @@ def test_unaligned_views_are_updated_and_their_neighbours_are_not(form, offset):
             assert not tensor._base[:offset].any() and not tensor._base[-offset:].any()
 
 
+@pytest.mark.parametrize("step", [public, blocked_adam_])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_gradient_may_be_several_tensors(form, step):
+    whole, cut = (make_tensors(form, torch.bfloat16, 1000) for _ in range(2))
+    step(whole, ADAMW, ONE, ZERO)
+    pieces = tuple(piece.clone() for piece in cut.grad.split([1, 499, 500]))
+    step(cut._replace(grad=pieces), ADAMW, ONE, ZERO)
+    assert differing(cut, whole) == []
+    with pytest.raises(ValueError, match="grad has 999 elements, but 1000 are needed"):
+        public(cut._replace(grad=(cut.grad[:999],)), ADAMW, ONE, ZERO)
+
+
 @pytest.mark.parametrize("flag", [1.0, float("inf"), float("nan")])
 @pytest.mark.parametrize("form", FORMS)
 def test_found_inf_leaves_every_tensor_as_it_was(form, flag):
