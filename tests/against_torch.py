@@ -59,7 +59,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     """What is at rest, at one rank: "payload fqn" to values, for the weights, their masters and the moments."""
     result = {}
     for chunk in engine_of(model).chunks:
-        for owned in chunk.owned_slots():
+        for owned in chunk.owned_slots:
             payloads = ("weight", "master", "exp_avg", "exp_avg_sq") if chunk.spec.trainable else ("weight",)
             for payload in payloads:
                 result[f"{payload} {owned.slot.fqn}"] = chunk.values_of(payload, owned.shard_slice).clone()
