@@ -5,13 +5,12 @@ import time
 
 import pytest
 import torch
+from decoding_cases import lively_model, make_prompts
 from megalith.rlhf.batching import Batcher, BatchingOptions, ClosedError, QueueFullError
 from megalith.rlhf.decoding import Decoder, generate
 from megalith.rlhf.kv_cache import KVCache
 from megalith.rlhf.prefixes import PrefixStore
 from megalith.rlhf.sampling import SamplingOptions
-
-from tests.unit.test_decoding import lively_model, make_prompts
 
 WAIT_S = 20
 

@@ -1,47 +1,16 @@
 """Batched decoding with a cache against the plain model, shown each answer on its own and without one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from decoding_cases import check_greedy, check_logprobs, lively_model, make_prompts, plain_logits
 from megalith import engine
 from megalith.rlhf.decoding import generate
 from megalith.rlhf.sampling import SamplingOptions
-
-from tests.tiny import FAMILIES, VOCAB, make_model
+from tiny import FAMILIES
 
 GREEDY = SamplingOptions(max_new_tokens=20, temperature=0)
-
-
-def lively_model(family: str, **changes):
-    """Weights large enough that positions and context decide, and not the last token alone."""
-    model = make_model(family, **changes).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.mul_(4)
-    return model
-
-
-def make_prompts(*lengths: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, VOCAB, (length,), generator=generator).tolist() for length in lengths]
-
-
-@torch.no_grad()
-def plain_logits(model, prompt, tokens) -> torch.Tensor:
-    """Those [len(tokens), V] that predict `tokens` after `prompt`: one pass, no cache, no padding."""
-    logits = model(torch.tensor([prompt + tokens]), use_cache=False).logits[0].float()
-    return logits[len(prompt) - 1 : -1]
-
-
-def check_greedy(model, prompts, answers):
-    for prompt, answer in zip(prompts, answers, strict=True):
-        logits = plain_logits(model, prompt, answer.tokens)
-        assert answer.tokens == logits.argmax(dim=-1).tolist()
-        check_logprobs(logits.log_softmax(dim=-1), answer)
-
-
-def check_logprobs(expected, answer):
-    expected = expected.gather(1, torch.tensor(answer.tokens).unsqueeze(1)).squeeze(1)
-    assert (torch.tensor(answer.logprobs) - expected).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -81,15 +50,11 @@ def test_an_answer_ends_with_its_first_stop_token():
     prompts = make_prompts(3, 9, 5)
     free = generate(model, prompts, GREEDY)
     stop_ids = (free[0].tokens[4], free[1].tokens[0])
-    for plain, answer in zip(free, generate(model, prompts, replace_options(GREEDY, stop_ids=stop_ids)), strict=True):
+    for plain, answer in zip(free, generate(model, prompts, replace(GREEDY, stop_ids=stop_ids)), strict=True):
         ends = [index for index, token in enumerate(plain.tokens) if token in stop_ids]
         assert answer.tokens == plain.tokens[: ends[0] + 1 if ends else None]
         assert answer.finish_reason == ("stop" if ends else "length")
         assert len(answer.logprobs) == len(answer.tokens) > 0
-
-
-def replace_options(options, **changes):
-    return SamplingOptions(**{**vars(options), **changes})
 
 
 def test_seeds_are_the_same_in_any_batch_and_advance_without_one():
@@ -98,7 +63,7 @@ def test_seeds_are_the_same_in_any_batch_and_advance_without_one():
     options = SamplingOptions(max_new_tokens=12, seed=7)
     together = [answer.tokens for answer in generate(model, prompts, options)]
     for index, prompt in enumerate(prompts):
-        alone = generate(model, [prompt], replace_options(options, seed=7 + index))
+        alone = generate(model, [prompt], replace(options, seed=7 + index))
         assert alone[0].tokens == together[index]
     same = generate(model, [prompts[0]] * 2, [options, options])
     assert same[0].tokens == same[1].tokens == together[0]
