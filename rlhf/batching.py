@@ -12,7 +12,7 @@ prompt delays the others by a piece of it, not by all of it.
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -23,14 +23,7 @@ from .decoding import Answer, Decoder, check_prompt
 from .kv_cache import BLOCK, KVCache, bytes_per_token
 from .prefixes import PrefixStore
 from .sampling import MAX_SEED, SamplingOptions
-
-
-class QueueFullError(RuntimeError):
-    """As many requests wait as may; the message has their number."""
-
-
-class ClosedError(RuntimeError):
-    """The batcher takes no more requests, or ended before this one was answered."""
+from .streams import AnswerStream, ClosedError, QueueFullError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,56 +76,6 @@ class BatchingStats:
     """Part of kv_bytes."""
 
 
-class AnswerStream:
-    """A request's answer, as it grows. Tokens are appended by the batcher's thread and may be read by any."""
-
-    def __init__(self, answer: Answer, on_progress: Callable[[], object] | None) -> None:
-        self.answer = answer
-        self.finish_reason: str | None = None
-        """ "stop", "length", "cancelled", "error", or None while the answer grows."""
-        self.error: Exception | None = None
-        self.reused_prompt_tokens = 0
-        self.is_cancelled = False
-        self.submitted_s = time.perf_counter()
-        self._on_progress = on_progress
-        self._changed = threading.Condition()
-
-    def cancel(self) -> None:
-        """Have the answer end with the step that runs now. May be called at any time, more than once."""
-        self.is_cancelled = True
-
-    def tokens_from(self, index: int) -> list[int]:
-        """The tokens so far from `index` on. Does not wait."""
-        return self.answer.tokens[index:]
-
-    def wait(self, index: int, timeout_s: float | None = None) -> list[int]:
-        """Tokens from `index` on, at least one of them unless the answer has ended or the time is up."""
-        with self._changed:
-            self._changed.wait_for(lambda: len(self.answer.tokens) > index or self.finish_reason, timeout_s)
-        return self.tokens_from(index)
-
-    def __iter__(self) -> Iterator[int]:
-        """All tokens, each as soon as it is there. Raises what ended the answer where that was an error."""
-        index = 0
-        while True:
-            tokens = self.wait(index)
-            if not tokens:
-                break
-            yield from tokens
-            index += len(tokens)
-        if self.error is not None:
-            raise self.error
-
-    def notify(self, finish_reason: str | None, error: Exception | None = None) -> None:
-        """Called by the batcher's thread when there is something new."""
-        with self._changed:
-            self.error = error
-            self.finish_reason = finish_reason
-            self._changed.notify_all()
-        if self._on_progress is not None:
-            self._on_progress()
-
-
 class Batcher:
     """Answers requests with `model`, which nobody else may use until `close` has returned."""
 
@@ -142,8 +85,8 @@ class Batcher:
         self._device = model.get_input_embeddings().weight.device
         self._bytes_per_token = bytes_per_token(model)
         budget = self._options.kv_budget_bytes or free_bytes(self._device) // 2
-        self._kv_budget_bytes = int(budget * (1 - self._options.prefix_share))
-        self._prefixes = PrefixStore(budget - self._kv_budget_bytes)
+        self._budget_bytes = int(budget * (1 - self._options.prefix_share))
+        self._prefixes = PrefixStore(budget - self._budget_bytes)
         self._decoder = Decoder(model)
         self._running: dict[int, AnswerStream] = {}  # by id() of the answer
         self._prefilling: _Prefill | None = None
@@ -173,10 +116,10 @@ class Batcher:
         prompt = list(prompt)
         check_prompt(self._model, prompt, options.max_new_tokens)
         needed_bytes = self._bytes_needed([len(prompt) + options.max_new_tokens])
-        if needed_bytes > self._kv_budget_bytes:
+        if needed_bytes > self._budget_bytes:
             raise ValueError(
                 f"a prompt of {len(prompt)} tokens and max_new_tokens={options.max_new_tokens} need {needed_bytes} "
-                f"bytes for keys and values, and there are {self._kv_budget_bytes}: shorten one of them"
+                f"bytes for keys and values, and there are {self._budget_bytes}: shorten one of them"
             )
         seed = torch.randint(MAX_SEED, ()).item() if options.seed is None else options.seed
         stream = AnswerStream(Answer(prompt, options, seed), on_progress)
@@ -253,44 +196,74 @@ class Batcher:
         return self._prefilling is not None or bool(self._running)
 
     def _prefill(self) -> None:
-        """Run up to `prefill_chunk` tokens of prompts."""
+        """Run up to `prefill_chunk` tokens of prompts: short ones together, a long one in pieces."""
         left = self._options.prefill_chunk
         while left > 0:
-            if self._prefilling is None and not self._begin_prefill():
-                return
+            if self._prefilling is None:
+                group = self._admit(left)
+                if not group:
+                    return
+                if len(group) > 1:
+                    answers = [stream.answer for stream in group]
+                    self._start(group, lambda answers=answers: self._decoder.prefill(answers))
+                    left -= len(group) * max(len(answer.prompt) for answer in answers)
+                    continue
+                self._begin(group[0])
             current = self._prefilling
-            answer, done = current.stream.answer, current.cache.lengths[0] if current.cache.lengths else 0
+            answer, done = current.stream.answer, current.done
             ids = answer.prompt[done : done + left]
             logits = self._decoder.extend(current.cache, ids)
             left -= len(ids)
-            if done + len(ids) < len(answer.prompt):
+            if current.done < len(answer.prompt):
                 return
             with self._state:
                 self._prefilling = None
-                self._running[id(answer)] = current.stream
-            self._decoder.join(answer, current.cache, logits)
-            with self._state:
-                self._first_token_s += time.perf_counter() - current.stream.submitted_s
-                self._totals["first_tokens"] += 1
-            self._deliver([answer])
+            self._start([current.stream], lambda c=current, x=logits: self._decoder.join(c.stream.answer, c.cache, x))
 
-    def _begin_prefill(self) -> bool:
-        """Take the next request that waits, if there is one and room for it."""
+    def _admit(self, left: int) -> list[AnswerStream]:
+        """Take the next request that waits, if there is room for it; and those behind it that need not go alone, while
+        together they have at most `left` tokens, padding included."""
+        group: list[AnswerStream] = []
+        everyone = list(self._decoder.answers)
+        longest = 0
         with self._state:
-            answers = self._decoder.answers
-            if not self._waiting or len(answers) >= self._options.max_batch:
-                return False
-            everyone = [*answers, self._waiting[0].answer]
-            if self._bytes_needed([len(a.prompt) + a.options.max_new_tokens for a in everyone]) > self._kv_budget_bytes:
-                return False
-            stream = self._waiting.popleft()
-            self._prefilling = _Prefill(stream, KVCache(self._model.config))
+            while self._waiting and len(everyone) < self._options.max_batch:
+                answer = self._waiting[0].answer
+                everyone.append(answer)
+                if (
+                    self._bytes_needed([len(a.prompt) + a.options.max_new_tokens for a in everyone])
+                    > self._budget_bytes
+                ):
+                    break
+                longest = max(longest, len(answer.prompt))
+                fits = longest * (len(group) + 1) <= left and self._prefixes.find(answer.prompt) is None
+                if fits or not group:
+                    group.append(self._waiting.popleft())
+                if not fits:
+                    break
+        return group
+
+    def _begin(self, stream: AnswerStream) -> None:
+        """Begin a prompt on its own, with what is kept of its beginning."""
+        cache = KVCache(self._model.config)
+        with self._state:
+            self._prefilling = _Prefill(stream, cache)
         prefix = self._prefixes.find(stream.answer.prompt)
         if prefix is not None:
-            self._prefilling.cache.append(prefix)
+            cache.append(prefix)
             stream.reused_prompt_tokens = prefix.length
             self._totals["reused_prompt_tokens"] += prefix.length
-        return True
+
+    def _start(self, streams: Sequence[AnswerStream], join: Callable[[], None]) -> None:
+        """Let the answers of `streams` join the batch, by calling `join`, with their first token."""
+        with self._state:
+            self._running.update({id(stream.answer): stream for stream in streams})
+        join()
+        now_s = time.perf_counter()
+        with self._state:
+            self._first_token_s += sum(now_s - stream.submitted_s for stream in streams)
+            self._totals["first_tokens"] += len(streams)
+        self._deliver([stream.answer for stream in streams])
 
     def _deliver(self, answers: Sequence[Answer]) -> None:
         """Tell the streams of `answers` of one more token, and let go of those that have ended."""
@@ -359,6 +332,11 @@ class _Prefill:
 
     stream: AnswerStream
     cache: KVCache
+
+    @property
+    def done(self) -> int:
+        """Tokens of the prompt that are in the cache."""
+        return sum(self.cache.lengths)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -7,6 +7,8 @@ import numpy
 
 from .kv_cache import KVRow
 
+MIN_COMMON = 16  # tokens: fewer are computed as fast as they are copied, and may go together with other prompts
+
 
 class PrefixStore:
     """The rows used last, within a budget of bytes. Position c depends on tokens 0 to c alone, so any beginning that a
@@ -22,9 +24,9 @@ class PrefixStore:
 
     def find(self, prompt: Sequence[int]) -> KVRow | None:
         """A view of the longest stored beginning of `prompt`, which leaves at least its last token to be computed; None
-        where there is none."""
+        where none has `MIN_COMMON` tokens."""
         wanted = numpy.asarray(prompt[:-1], dtype=numpy.int64)
-        best, longest = None, 0
+        best, longest = None, MIN_COMMON - 1
         for key in self._rows:
             length = _common(wanted, numpy.frombuffer(key, dtype=numpy.int64))
             if length > longest:

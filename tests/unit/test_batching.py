@@ -96,12 +96,12 @@ def test_prefixes_stay_within_their_budget(model):
 
 
 def test_the_store_forgets_what_was_used_longest_ago(model):
-    first, second, third = prompts = make_prompts(9, 9, 9)
+    first, second, third = prompts = make_prompts(18, 18, 18)
     rows = [filled_cache(model, prompt).read(0) for prompt in prompts]
     store = PrefixStore(2 * rows[0].nbytes)
     store.keep(first, rows[0])
     store.keep(second, rows[1])
-    assert store.find([*first, 1]).length == 9
+    assert store.find([*first, 1]).length == 18
     store.keep(third, rows[2])
     assert [store.find([*prompt, 1]) is not None for prompt in prompts] == [True, False, True]
     assert len(store) == 2 and store.nbytes == store.budget_bytes
@@ -111,6 +111,24 @@ def filled_cache(model, prompt):
     cache = KVCache(model.config)
     Decoder(model).extend(cache, prompt)
     return cache
+
+
+def test_prompts_that_wait_are_computed_together(model, monkeypatch):
+    prompts = make_prompts(8, 7, 8, 40, 3)
+    greedy = SamplingOptions(max_new_tokens=4, temperature=0)
+    expected = [answer.tokens for answer in generate(model, prompts, greedy)]
+    shapes = []
+    embed = model.model.embed_tokens.forward
+    monkeypatch.setattr(model.model.embed_tokens, "forward", lambda ids: shapes.append(tuple(ids.shape)) or embed(ids))
+    batcher = Batcher(model, BatchingOptions(max_batch=6, prefill_chunk=25, kv_budget_bytes=2**24))
+    gate = threading.Event()
+    first = batcher.submit([1], SamplingOptions(max_new_tokens=9), lambda: gate.wait(WAIT_S))
+    first.wait(0, WAIT_S)  # and now the thread stands at the gate
+    streams = [batcher.submit(prompt, greedy) for prompt in prompts]
+    gate.set()
+    assert [list(stream) for stream in streams] == expected
+    batcher.close()
+    assert [shape for shape in shapes if shape[1] > 1] == [(3, 8), (1, 25), (1, 15), (1, 3)]
 
 
 def test_progress_is_told_from_the_thread(model, batcher):

@@ -1,0 +1,178 @@
+"""One entry of the inference benchmark: build the model as the entry would, answer the prompts, write down what was
+seen.
+
+Run by its path, `python inference_worker.py OPTIONS_JSON RESULT_FILE`. The model's random weights, the prompts and the
+greedy choice of tokens are the same for every entry, and none of them ever stops early.
+"""
+
+import json
+import re
+import sys
+import time
+import types
+from pathlib import Path
+
+import psutil
+import torch
+import transformers
+
+
+def main():
+    options = types.SimpleNamespace(**json.loads(sys.argv[1]))
+    device = torch.device(options.device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
+    prompts = make_prompts(options)
+    answer = BUILDERS[options.builder](options, device, dtype)
+
+    answer(prompts, 4)  # warm-up: kernels are chosen, memory is taken, graphs are recorded
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    first_s, _ = timed(lambda: answer(prompts, 1), device)
+    busy_s, cpu_s = machine_busy_s(), time.process_time()
+    wall_s, tokens = timed(lambda: answer(prompts, options.new_tokens), device)
+    busy_s, cpu_s = machine_busy_s() - busy_s, time.process_time() - cpu_s
+    metrics = {
+        "tokens_per_s": len(prompts) * options.new_tokens / wall_s,
+        "decoded_tokens_per_s": len(prompts) * (options.new_tokens - 1) / (wall_s - first_s),
+        "first_token_s": first_s,
+        "peak_rss_bytes": 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]),
+        # What the rest of the machine did meanwhile, of all its cores: it tells a reading taken in noise.
+        "other_load_share": max(0.0, busy_s - cpu_s) / (wall_s * psutil.cpu_count()),
+    }
+    if device.type == "cuda":
+        metrics["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
+    Path(sys.argv[2]).write_text(json.dumps({"metrics": metrics, "tokens": tokens}))
+
+
+def make_prompts(options):
+    """Random token ids; the longest has `prompt_tokens`, the shortest half of them."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.linspace(options.prompt_tokens, options.prompt_tokens // 2, options.batch_size).int().tolist()
+    return [torch.randint(options.model["vocab_size"], (n,), generator=generator).tolist() for n in lengths]
+
+
+def make_model(options, device, dtype):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        **options.model, dtype=dtype, bos_token_id=None, eos_token_id=None, pad_token_id=0
+    )
+    with torch.device(device):
+        model = transformers.LlamaForCausalLM(config).to(dtype).eval()
+    # Answers that depend on more than the last token, and no near ties.
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(2)
+    return model.requires_grad_(False)
+
+
+# Entries: each returns answer(prompts, new_tokens) -> the new tokens of each.
+
+
+def build_transformers(options, device, dtype):
+    """`generate`, with the prompts padded on the left."""
+    model = make_model(options, device, dtype)
+    cache = {} if options.cache == "dynamic" else {"cache_implementation": options.cache, "disable_compile": True}
+
+    def answer(prompts, new_tokens):
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        output = model.generate(
+            ids, attention_mask=mask, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, **cache
+        )
+        return output[:, longest:].tolist()
+
+    return answer
+
+
+def build_transformers_continuous(options, device, dtype):
+    """`generate_batch`: transformers' own continuous batching over a paged cache."""
+    model = make_model(options, device, dtype)
+
+    def answer(prompts, new_tokens):
+        config = transformers.GenerationConfig(
+            max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
+        )
+        outputs = model.generate_batch(prompts, generation_config=config, progress_bar=False)
+        ordered = sorted(outputs.values(), key=lambda output: int(output.request_id.rpartition("_")[2]))
+        return [output.generated_tokens for output in ordered]
+
+    return answer
+
+
+def build_megalith(options, device, dtype):
+    model = make_model(options, device, dtype)
+    if options.offload:
+        from megalith import engine
+
+        weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        model, _ = engine.initialize(
+            model,
+            None,
+            placement="host",
+            precision=options.precision,
+            device_budget=int(options.offload * weight_bytes),
+            device=device,
+        )
+    return megalith_answer(model)
+
+
+def build_megalith_4bit(options, device, dtype):
+    """Every linear of the blocks over random codes, which cost what trained ones do."""
+    from megalith.rlhf import load_quantized
+
+    return megalith_answer(load_quantized(options.quantized_folder, device=device, dtype=dtype))
+
+
+def megalith_answer(model):
+    from megalith.rlhf.decoding import generate
+    from megalith.rlhf.sampling import SamplingOptions
+
+    def answer(prompts, new_tokens):
+        greedy = SamplingOptions(max_new_tokens=new_tokens, temperature=0)
+        return [answer.tokens for answer in generate(model, prompts, greedy, batch_size=len(prompts))]
+
+    return answer
+
+
+def build_megalith_batcher(options, device, dtype):
+    """All prompts submitted at once to the thread that serves."""
+    from megalith.rlhf.batching import Batcher, BatchingOptions
+    from megalith.rlhf.sampling import SamplingOptions
+
+    batcher = Batcher(make_model(options, device, dtype), BatchingOptions(prefix_share=0))
+
+    def answer(prompts, new_tokens):
+        greedy = SamplingOptions(max_new_tokens=new_tokens, temperature=0)
+        return [list(stream) for stream in [batcher.submit(prompt, greedy) for prompt in prompts]]
+
+    return answer
+
+
+BUILDERS = {
+    "transformers": build_transformers,
+    "transformers-continuous": build_transformers_continuous,
+    "megalith": build_megalith,
+    "megalith-batcher": build_megalith_batcher,
+    "megalith-4bit": build_megalith_4bit,
+}
+
+
+def timed(function, device):
+    """Seconds, and what `function` returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start_s = time.perf_counter()
+    result = function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start_s, result
+
+
+def machine_busy_s():
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - times.iowait
+
+
+if __name__ == "__main__":
+    main()
