@@ -8,17 +8,19 @@ greedy choice of tokens are the same for every entry, and none of them ever stop
 import json
 import re
 import sys
+import tempfile
 import time
 import types
 from pathlib import Path
 
 import psutil
+import safetensors.torch
 import torch
 import transformers
 
 
-def main():
-    options = types.SimpleNamespace(**json.loads(sys.argv[1]))
+def main(argv):
+    options = types.SimpleNamespace(**json.loads(argv[0]))
     device = torch.device(options.device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
     prompts = make_prompts(options)
@@ -41,7 +43,7 @@ def main():
     }
     if device.type == "cuda":
         metrics["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
-    Path(sys.argv[2]).write_text(json.dumps({"metrics": metrics, "tokens": tokens}))
+    Path(argv[1]).write_text(json.dumps({"metrics": metrics, "tokens": tokens}))
 
 
 def make_prompts(options):
@@ -51,13 +53,14 @@ def make_prompts(options):
     return [torch.randint(options.model["vocab_size"], (n,), generator=generator).tolist() for n in lengths]
 
 
+def make_config(options, dtype):
+    return transformers.LlamaConfig(**options.model, dtype=dtype, bos_token_id=None, eos_token_id=None, pad_token_id=0)
+
+
 def make_model(options, device, dtype):
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        **options.model, dtype=dtype, bos_token_id=None, eos_token_id=None, pad_token_id=0
-    )
     with torch.device(device):
-        model = transformers.LlamaForCausalLM(config).to(dtype).eval()
+        model = transformers.LlamaForCausalLM(make_config(options, dtype)).to(dtype).eval()
     # Answers that depend on more than the last token, and no near ties.
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -103,10 +106,10 @@ def build_transformers_continuous(options, device, dtype):
 def build_megalith(options, device, dtype):
     model = make_model(options, device, dtype)
     if options.offload:
-        from megalith import engine
+        import megalith.engine
 
         weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
-        model, _ = engine.initialize(
+        model, _ = megalith.engine.initialize(
             model,
             None,
             placement="host",
@@ -118,10 +121,36 @@ def build_megalith(options, device, dtype):
 
 
 def build_megalith_4bit(options, device, dtype):
-    """Every linear of the blocks over random codes, which cost what trained ones do."""
+    """Every linear of the blocks over random codes in groups of 128, which cost what trained ones do."""
     from megalith.rlhf import load_quantized
 
-    return megalith_answer(load_quantized(options.quantized_folder, device=device, dtype=dtype))
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_checkpoint(Path(folder), options)
+        return megalith_answer(load_quantized(folder, device=device, dtype=dtype))
+
+
+def write_random_checkpoint(folder, options):
+    """A GPTQ checkpoint (v1, symmetric) in Hugging Face layout: float16 where a weight is not quantised."""
+    config = make_config(options, torch.float16)
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    tensors = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            rows, columns, groups = module.in_features, module.out_features, -(-module.in_features // 128)
+            full = torch.iinfo(torch.int32)
+            tensors[f"{name}.qweight"] = torch.randint(full.min, full.max, (rows // 8, columns), dtype=torch.int32)
+            tensors[f"{name}.qzeros"] = torch.full((groups, columns // 8), 0x77777777, dtype=torch.int32)
+            tensors[f"{name}.scales"] = torch.full((groups, columns), 0.04 / 8, dtype=torch.float16)
+            tensors[f"{name}.g_idx"] = torch.arange(rows, dtype=torch.int32) // 128
+    for name, parameter in model.named_parameters():
+        if f"{name.removesuffix('.weight')}.qweight" not in tensors:
+            values = torch.ones(parameter.shape) if parameter.dim() == 1 else 0.04 * torch.randn(parameter.shape)
+            tensors[name] = values.half()
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "checkpoint_format": "gptq"}
+    config.update({"quantization_config": quantization})
+    config.save_pretrained(folder)
 
 
 def megalith_answer(model):
@@ -175,4 +204,4 @@ def machine_busy_s():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
