@@ -6,14 +6,16 @@
 
 A size fits if two real training steps end in a fresh process under the limit, and each of three losses on the same
 tokens is finite and below the one before. Sizes are looked for by bisection on a ladder of models whose steps are a few
-percent; the next larger one was tried and did not fit. On a GPU the limit is the card's memory, or `--device_budget` of
-it. Without one it is a hard limit on all memory of the process, its page cache counted (see memory_limit.py).
+percent; the next larger one was tried and did not fit. `--limit` is a hard limit on all RAM of the process, its page
+cache counted (see memory_limit.py). On a GPU it is what the machine has free unless told otherwise, and the other limit
+is the card's memory: all of it, or `--device_budget`, which makes a large card stand for a small one.
 """
 
 import argparse
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +29,7 @@ import torch
 from ..engine import EngineConfig
 from ..engine.config import parse_bytes
 from ..engine.direct_io import filesystem_type, free_bytes
+from ..engine.machine import host_available_bytes
 from . import report
 from .capacity_worker import OUT_OF_MEMORY
 from .launch import RankError, run_ranks
@@ -43,7 +46,7 @@ WIDTHS = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One row. `guess` is bytes of the limited memory a parameter: where the search begins."""
+    """One row. `guess` is where the search begins: bytes a parameter of the memory that the model has to fit in."""
 
     name: str
     peer: str
@@ -53,6 +56,14 @@ class Entry:
     placement: str | None = None
     state_precision: str | None = None
 
+    def first_guess(self, args: argparse.Namespace) -> float:
+        """Parameters."""
+        on_card = args.device == "cuda" and (self.peer == "native" or self.placement == "device")
+        numel = (args.device_budget if on_card else args.limit) / self.guess
+        if self.placement in ("nvme", "auto"):
+            numel = min(numel, free_bytes(args.nvme_dir) / DRIVE_GUESS)
+        return numel
+
     def engine_options(self, nvme_dir: str | None) -> dict:
         options = {"placement": self.placement}
         if self.placement in ("nvme", "auto"):
@@ -61,6 +72,9 @@ class Entry:
             options["state_precision"] = self.state_precision
         return options
 
+
+DRIVE_GUESS = 20
+"""Bytes a parameter on a drive, gradients included."""
 
 ENTRIES = (
     Entry("native-fp32", "native", 20, precision="fp32", checkpoint_activations=False),
@@ -187,14 +201,14 @@ def measure_row(entry: Entry, args: argparse.Namespace, kinds: set[str]) -> dict
     tries: dict[int, Try] = {}
 
     def fits(index: int) -> bool:
-        tries[index] = attempt(entry, rungs[index], args, args.limit, kinds)
+        tries[index] = attempt(entry, rungs[index], args, args.limit, args.device_budget, kinds)
         return tries[index].reading is not None
 
     if args.size is not None:
         index = nearest(rungs, args.size)
         best = index if fits(index) else -1
     else:
-        best = largest(fits, len(rungs), nearest(rungs, args.limit / entry.guess))
+        best = largest(fits, len(rungs), nearest(rungs, entry.first_guess(args)))
     larger = min((index for index in tries if index > best), default=None)
     notes = [] if larger is None else [f"{report.number('_numel', rungs[larger].numel)} M: {tries[larger].reason}"]
     if best < 0:
@@ -208,8 +222,8 @@ def measure_row(entry: Entry, args: argparse.Namespace, kinds: set[str]) -> dict
 
 
 def verify(entry: Entry, best: Try, args: argparse.Namespace, kinds: set[str]) -> str:
-    """Train the size that fits once more, without the limit: its losses have to be the same. Raises EntryFailed."""
-    unlimited = attempt(entry, best.rung, args, None, set())
+    """Train the size that fits once more, without limits: its losses have to be the same. Raises EntryFailed."""
+    unlimited = attempt(entry, best.rung, args, None, None, set())
     if unlimited.reading is None:
         raise EntryFailed(f"{best.rung.numel} parameters fit only under the limit: {unlimited.reason}")
     if unlimited.reading["losses"] != best.reading["losses"]:
@@ -217,12 +231,22 @@ def verify(entry: Entry, best: Try, args: argparse.Namespace, kinds: set[str]) -
     return "the same without the limit"
 
 
-def attempt(entry: Entry, rung: Rung, args: argparse.Namespace, limit_bytes: int | None, kinds: set[str]) -> Try:
+def attempt(
+    entry: Entry,
+    rung: Rung,
+    args: argparse.Namespace,
+    limit_bytes: int | None,
+    device_budget: int | None,
+    kinds: set[str],
+) -> Try:
     """Train one size in a fresh process. Raises EntryFailed if that fails for another reason than memory."""
     start_s = time.monotonic()
     label = f"{entry.name:<26}{report.number('_numel', rung.numel):>8} M  "
-    on_host = limit_bytes if args.device == "cpu" else None
-    with tempfile.TemporaryDirectory() as folder, memory_limit(on_host) as limit:
+    # A GPU's driver maps far more than it holds: there a resource limit on what is mapped would say nothing.
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        memory_limit(limit_bytes, or_mapped=args.device == "cpu") as limit,
+    ):
         kinds.add(limit.kind)
         result, progress = Path(folder) / "result.json", Path(folder) / "progress"
         options = {
@@ -231,7 +255,7 @@ def attempt(entry: Entry, rung: Rung, args: argparse.Namespace, limit_bytes: int
             "checkpoint_activations": entry.checkpoint_activations,
             "engine": entry.engine_options(str(args.nvme_dir)),
             "device": args.device,
-            "device_budget": limit_bytes if args.device == "cuda" else None,
+            "device_budget": device_budget,
             "model": rung.fields,
             "batch_size": args.batch_size,
             "seq_len": args.seq_len,
@@ -244,7 +268,8 @@ def attempt(entry: Entry, rung: Rung, args: argparse.Namespace, limit_bytes: int
                 limit.command(worker), 1, timeout_s=args.timeout_s, while_waiting=lambda: show(label, progress, start_s)
             )
         except RankError as error:
-            killed = limit.killed()
+            # Without a group, the kernel kills when the machine has no memory left.
+            killed = limit.killed() or (limit.kind == "none" and error.code == -signal.SIGKILL)
             outcome = Try(rung, time.monotonic() - start_s, reason="killed by the kernel" if killed else last(error))
             say(f"{label}{outcome.reason}  ({outcome.seconds:.0f} s)")
             if not killed and error.code != OUT_OF_MEMORY:
@@ -291,8 +316,8 @@ def make_record(rows: list[dict], kinds: set[str], args: argparse.Namespace) -> 
         "benchmark": "capacity",
         "environment": report.environment(args.device),
         "settings": {
-            "limit": f"{args.limit} bytes of {'GPU memory' if args.device == 'cuda' else 'RAM in all'}",
-            "enforced by": "the allocator" if args.device == "cuda" else ", ".join(sorted(kinds)) or "nothing measured",
+            "limit": f"{args.limit} bytes of RAM in all, by {', '.join(sorted(kinds)) or 'nothing that was measured'}",
+            **({"GPU memory": f"{args.device_budget} bytes, by PyTorch's allocator"} if args.device == "cuda" else {}),
             "batch": f"{args.batch_size} x {args.seq_len} tokens",
             "vocabulary": VOCABULARY,
             "drive": f"{filesystem_type(args.nvme_dir)}, {free_bytes(args.nvme_dir)} bytes free",
@@ -317,7 +342,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--limit", help="of RAM, without a GPU: 3GB by default")
+    parser.add_argument("--limit", help="of RAM; 3GB by default, and with a GPU what is free")
     parser.add_argument("--device_budget", help="of GPU memory, as if the card had no more; all of it by default")
     parser.add_argument("--nvme_dir", type=Path, default=Path.cwd(), help="on the drive to offload to")
     parser.add_argument("--only", nargs="+", choices=[entry.name for entry in ENTRIES], metavar="ENTRY")
@@ -340,23 +365,25 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if not os.path.isdir(args.nvme_dir):
         parser.error(f"--nvme_dir {args.nvme_dir}: no such folder")
     try:
-        args.limit = find_limit(args)
+        find_limits(args)
     except ValueError as error:
         parser.error(str(error))
     return args
 
 
-def find_limit(args: argparse.Namespace) -> int:
-    """Bytes of the memory that the search is about. Raises ValueError."""
+def find_limits(args: argparse.Namespace) -> None:
+    """Turn the two limits into bytes. Raises ValueError."""
+    args.limit = parse_bytes(args.limit, "--limit")
+    args.device_budget = parse_bytes(args.device_budget, "--device_budget")
     if args.device == "cpu":
         if args.device_budget is not None:
             raise ValueError("--device_budget is for --device cuda: give --limit")
-        return parse_bytes(args.limit or "3GB", "--limit")
-    if args.limit is not None:
-        raise ValueError("--limit is for --device cpu: give --device_budget")
+        args.limit = args.limit or 3 * 10**9
+        return
     if not torch.cuda.is_available():
         raise ValueError("--device cuda, but this torch sees no GPU")
-    return parse_bytes(args.device_budget, "--device_budget") or torch.cuda.get_device_properties(0).total_memory
+    args.device_budget = args.device_budget or torch.cuda.get_device_properties(0).total_memory
+    args.limit = args.limit or int(0.95 * host_available_bytes())
 
 
 if __name__ == "__main__":

@@ -51,14 +51,12 @@ class MemoryLimit:
 
 
 @contextlib.contextmanager
-def memory_limit(nbytes: int | None) -> Iterator[MemoryLimit]:
-    """A limit for one run, gone afterwards; None limits nothing."""
-    if nbytes is None:
-        yield MemoryLimit("none")
-        return
-    made = make_group(nbytes)
+def memory_limit(nbytes: int | None, or_mapped: bool = True) -> Iterator[MemoryLimit]:
+    """A limit for one run, gone afterwards; None limits nothing. `or_mapped`: where no group can be made, limit what a
+    process maps; else nothing is limited there."""
+    made = None if nbytes is None else make_group(nbytes)
     if made is None:
-        yield MemoryLimit("RLIMIT_DATA", nbytes)
+        yield MemoryLimit("none") if nbytes is None or not or_mapped else MemoryLimit("RLIMIT_DATA", nbytes)
         return
     group, files = made
     try:

@@ -1,5 +1,6 @@
 """The capacity benchmark: the search, its ladder, what it counts as a model that fits, the limits, one real run."""
 
+import argparse
 import json
 import math
 import subprocess
@@ -50,6 +51,20 @@ def test_sizes_are_those_of_the_models():
 def test_nearest_size():
     rungs = [Rung(numel, {}) for numel in (100, 200, 400)]
     assert [capacity.nearest(rungs, numel) for numel in (1, 150, 290, 10**9)] == [0, 1, 2, 2]
+
+
+def test_search_begins_with_the_memory_that_the_model_has_to_fit_in(monkeypatch, tmp_path):
+    monkeypatch.setattr(capacity, "free_bytes", lambda folder: 20e9)
+    entries = {entry.name: entry for entry in capacity.ENTRIES}
+
+    def first(name, **limits):
+        args = argparse.Namespace(nvme_dir=tmp_path, **limits)
+        return entries[name].first_guess(args)
+
+    assert first("native-fp32", device="cpu", device_budget=None, limit=4e9) == 4e9 / 20
+    assert first("native-fp32", device="cuda", device_budget=80e9, limit=120e9) == 80e9 / 20
+    assert first("megalith-host", device="cuda", device_budget=80e9, limit=120e9) == 120e9 / 15
+    assert first("megalith-nvme", device="cuda", device_budget=80e9, limit=120e9) == 1e9  # by the drive
 
 
 # What counts
@@ -220,6 +235,8 @@ def test_without_groups_the_resource_limit_is_taken(monkeypatch):
     monkeypatch.setattr(memory_limit, "parent_groups", lambda own: iter(()))
     with memory_limit.memory_limit(10**8) as limit:
         assert limit.kind == "RLIMIT_DATA" and limit.command(["x"])[-2:] == [str(10**8 // 1024), "x"]
+    with memory_limit.memory_limit(10**8, or_mapped=False) as limit:
+        assert limit.kind == "none"
     with memory_limit.memory_limit(None) as limit:
         assert limit.kind == "none" and limit.command(["x"]) == ["x"]
 
