@@ -163,7 +163,8 @@ def largest(fits: Callable[[int], bool], count: int, start: int) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Returns 1 if an entry failed for another reason than memory. A missed bar is only printed."""
     args = parse_args(argv)
-    entries = [entry for entry in ENTRIES if args.only is None or entry.name in args.only]
+    named = {entry.name: entry for entry in ENTRIES}
+    entries = [named[name] for name in args.only or named]
     rows, failed, kinds = [], False, set()
     for entry in entries:
         if reason := absent(entry, args):
@@ -175,6 +176,8 @@ def main(argv: list[str] | None = None) -> int:
         except EntryFailed as error:
             failed = True
             rows.append({"name": entry.name, "note": f"FAILED: {error}", "metrics": {}})
+        if args.json:  # a search takes long: what is known is kept
+            report.save(make_record(rows, kinds, args), args.json)
     record = make_record(rows, kinds, args)
     print("\n" + report.render(record))
     if args.json:
@@ -214,7 +217,7 @@ def measure_row(entry: Entry, args: argparse.Namespace, kinds: set[str]) -> dict
     if best < 0:
         return {"name": entry.name, "note": "; ".join(["nothing fits", *notes]), "metrics": {}}
     reading = tries[best].reading
-    if args.verify:
+    if args.verify and entry.peer == "megalith":
         notes.append(verify(entry, tries[best], args, kinds))
     notes.insert(0, "losses " + " ".join(f"{loss:.4f}" for loss in reading["losses"]))
     metrics = {"model_numel": rungs[best].numel, **reading["metrics"]}
@@ -345,10 +348,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", help="of RAM; 3GB by default, and with a GPU what is free")
     parser.add_argument("--device_budget", help="of GPU memory, as if the card had no more; all of it by default")
     parser.add_argument("--nvme_dir", type=Path, default=Path.cwd(), help="on the drive to offload to")
-    parser.add_argument("--only", nargs="+", choices=[entry.name for entry in ENTRIES], metavar="ENTRY")
+    parser.add_argument(
+        "--only", nargs="+", choices=[entry.name for entry in ENTRIES], metavar="ENTRY", help="in this order"
+    )
     parser.add_argument("--size", type=float, help="try the model nearest to this many parameters, and search nothing")
     parser.add_argument(
-        "--verify", action="store_true", help="train the size found without the limit too: same losses?"
+        "--verify", action="store_true", help="train what megalith fits without the limit too: the same losses?"
     )
     parser.add_argument("--batch_size", type=int, default=2)
     parser.add_argument("--seq_len", type=int, default=128)

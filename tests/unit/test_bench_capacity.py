@@ -125,7 +125,7 @@ def test_an_error_that_is_not_of_memory_says_nothing_of_capacity(monkeypatch, tm
 
 def test_verify_compares_with_a_run_without_the_limit(monkeypatch, tmp_path, capsys):
     losses = iter([(10.0, 9.0, 8.0), (10.0, 9.0, 8.5)])
-    argv = ["--only", "native-fp32", "--size", "8e6", "--verify"]
+    argv = ["--only", "megalith-host", "--size", "8e6", "--verify"]
     status, record = run(monkeypatch, tmp_path, lambda _: reading(*next(losses)), argv)
     assert status == 1 and "without the limit" in record["rows"][0]["note"]
     status, record = run(monkeypatch, tmp_path, lambda _: reading(10.0, 9.0, 8.0), argv)
