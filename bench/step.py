@@ -80,17 +80,23 @@ ENTRIES = (
     Entry("deepspeed-zero2", "deepspeed", options={"zero_stage": 2}),
     Entry("deepspeed-zero3", "deepspeed", options={"zero_stage": 3}),
     *(Entry(f"megalith-zero{stage}", "megalith", options={"zero_stage": stage}) for stage in range(4)),
+    Entry("deepspeed-zero3-cpu", "deepspeed", distributed=False, options={"zero_stage": 3, "placement": "host"}),
+    Entry("deepspeed-infinity", "deepspeed", distributed=False, options={"zero_stage": 3, "placement": "nvme"}),
+    Entry("megalith-host", "megalith", distributed=False, options={"zero_stage": 3, "placement": "host"}),
+    Entry("megalith-nvme", "megalith", distributed=False, options={"zero_stage": 3, "placement": "nvme"}),
 )
 
 
 @dataclass(frozen=True)
 class Bar:
-    """What `entry` has to reach against `peer`: a ratio of tokens/s, and perhaps one of peak memory a process."""
+    """What `entry` has to reach against `peer`: a ratio of tokens/s, and perhaps ones of peak memory a process, and of
+    the part of it above the interpreter's own."""
 
     entry: str
     peer: str
     speed_at_least: float
     memory_at_most: float | None = 1.0
+    own_memory_at_most: float | None = None
 
 
 BARS = (
@@ -99,6 +105,8 @@ BARS = (
     Bar("megalith-zero3", "ddp", 0.85),
     Bar("megalith-zero3", "fsdp2", 1.35),
     Bar("megalith-zero3", "deepspeed-zero3", 1.4),
+    Bar("megalith-host", "deepspeed-zero3-cpu", 1.8),
+    Bar("megalith-nvme", "deepspeed-infinity", 1.8, own_memory_at_most=0.5),
 )
 
 
@@ -156,6 +164,8 @@ def measure(entry: Entry, args: argparse.Namespace) -> dict:
         "warmup": args.warmup,
         "steps": args.steps,
         "trace": args.trace,
+        "placement": "device",
+        "nvme_dir": args.nvme_dir,
         **entry.options,
     }
     python = args.deepspeed_python if entry.peer == "deepspeed" else sys.executable
@@ -172,6 +182,8 @@ def absent(entry: Entry, args: argparse.Namespace) -> str | None:
     ranks = ranks_of(entry, args)
     if entry.peer == "deepspeed" and not args.deepspeed_python:
         return "absent: no environment given, see --install_deepspeed and --deepspeed_python"
+    if entry.options.get("placement") == "nvme" and not args.nvme_dir:
+        return "absent: no folder on a drive given, see --nvme_dir"
     if args.device == "cuda" and ranks > torch.cuda.device_count():
         return f"absent: {ranks} ranks need {ranks} GPUs, here are {torch.cuda.device_count()}"
     return None
@@ -245,6 +257,12 @@ def checks(readings: dict[str, list[dict]], memory: str):
         yield {"name": f"{name}, tokens/s", "values": ratios("tokens_per_s"), "at_least": bar.speed_at_least}
         if bar.memory_at_most is not None:
             yield {"name": f"{name}, peak memory", "values": ratios(memory), "at_most": bar.memory_at_most}
+        if bar.own_memory_at_most is not None:
+            yield {
+                "name": f"{name}, peak RSS above the interpreter's",
+                "values": ratios("own_rss_bytes"),
+                "at_most": bar.own_memory_at_most,
+            }
 
 
 def memory_metric(device: str) -> str:
@@ -286,6 +304,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--deepspeed_python", default=os.environ.get(DEEPSPEED_VARIABLE), help=f"or ${DEEPSPEED_VARIABLE}"
     )
+    parser.add_argument("--nvme_dir", help="a folder on a local drive, for the entries that store there")
     parser.add_argument("--install_deepspeed", type=Path, metavar="DIR", help="make that environment first")
     parser.add_argument("--json", type=Path, help="where to keep the record")
     parser.add_argument("--plot", type=Path, help="a .png of the record")

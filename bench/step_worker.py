@@ -32,6 +32,7 @@ def main():
     if options.process_group:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
+    start_rss_bytes = psutil.Process().memory_info().rss  # of the interpreter and what is imported above
     torch.manual_seed(0)  # the same weights on every rank and for every peer
     config = transformers.LlamaConfig(**options.model, use_cache=False)
     model = transformers.LlamaForCausalLM(config).to(device).train()
@@ -54,6 +55,7 @@ def main():
         "losses": [float(loss) for loss in losses],
         "cpu_s": cpu_s,
         "peak_rss_bytes": peak_rss_bytes(),
+        "start_rss_bytes": start_rss_bytes,
         "peak_cuda_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
     }
     if options.trace:
@@ -64,6 +66,7 @@ def main():
         metrics = {
             "tokens_per_s": tokens.numel() * len(ranks) * options.steps / wall_s,
             "peak_rss_bytes": max(r["peak_rss_bytes"] for r in ranks),
+            "own_rss_bytes": max(r["peak_rss_bytes"] - r["start_rss_bytes"] for r in ranks),
             "peak_rss_sum_bytes": sum(r["peak_rss_bytes"] for r in ranks),
             "cpu_s_per_step": cpu_s / options.steps,
             # What the rest of the machine did meanwhile, of all its cores: it tells a reading taken in noise.
@@ -119,14 +122,18 @@ def build_deepspeed(model, options, device):
         # buckets (in elements) are sized for GPUs.
         bucket = 10_000_000
         zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket, "stage3_prefetch_bucket_size": 0}
+    optimizer = fused_adamw(model, options)  # as for everybody
+    if options.placement != "device":
+        zero |= deepspeed_offload(options)
+        optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(model.parameters(), lr=options.lr, weight_decay=1e-2)
     config = {
         "train_micro_batch_size_per_gpu": options.batch_size,
         "zero_optimization": zero,
         "gradient_clipping": 0.0,  # 1.0 by default, which nobody else is asked for
-        "zero_allow_untested_optimizer": True,  # torch's fused AdamW, as for everybody
+        "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": options.precision == "bf16"},
     }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=fused_adamw(model, options), config=config)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 
     def step(tokens):
         loss = engine(input_ids=tokens, labels=tokens).loss
@@ -137,15 +144,30 @@ def build_deepspeed(model, options, device):
     return step
 
 
+def deepspeed_offload(options):
+    """ZeRO-Offload, or ZeRO-Infinity with everything on a drive and its overlap, off by default, turned on."""
+    if options.placement == "host":
+        return {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
+    drive = {"device": "nvme", "nvme_path": options.nvme_dir}
+    largest = options.model["vocab_size"] * options.model["hidden_size"]
+    return {
+        "offload_param": drive | {"buffer_count": 6, "buffer_size": largest},
+        "offload_optimizer": drive | {"buffer_count": 4, "pipeline_read": True, "pipeline_write": True},
+        "sub_group_size": largest,
+    }
+
+
 def build_megalith(model, options, device):
     import megalith.engine
 
+    # Updates that wait for the next forward pass: those of the last warm-up step are timed, those of the last are not.
     model, optimizer = megalith.engine.initialize(
         model,
         torch.optim.AdamW(model.parameters(), lr=options.lr),
         zero_stage=options.zero_stage,
-        placement="device",
+        placement=options.placement,
         precision=options.precision,
+        nvme_dir=options.nvme_dir if options.placement == "nvme" else None,
     )
     return torch_step(model, optimizer)
 
