@@ -55,7 +55,8 @@ class EngineConfig:
     zero_stage: int = 3
     """0: everything replicated; 1: optimizer state sharded; 2: and gradients; 3: and weights."""
     placement: str = "device"
-    """"device", "host" or "nvme": the tier of what is at rest. "auto" is not built yet."""
+    """"device", "host" or "nvme": the tier of what is at rest. "auto": each chunk on the fastest that has room within
+    the budgets, the drive taking part where `nvme_dir` is given."""
     param_offload: float | None = None
     """Fraction of the weights at rest that is offloaded (stage 3): with placement="host" to the host, the rest staying
     on the device, and with "nvme" to the drive, the rest staying on the host. None: all that the stage allows."""
@@ -65,12 +66,13 @@ class EngineConfig:
     max_grad_norm: float | None = None
     """Global 2-norm that gradients are clipped to; None leaves them."""
     device_budget: int | str | None = None
-    """Bytes of device memory for what the engine stores. In stage 3, weights stay gathered while they fit in it."""
+    """Bytes of device memory for what the engine stores, activations not among it. In stage 3, weights stay gathered
+    while they fit in it. None: with placement="auto", six tenths of what a GPU has free, three of a CPU's memory."""
     host_budget: int | str | None = None
     """Bytes of host memory for what the engine stores. placement="nvme" keeps gradients there while they fit until the
     step, and else on the drive too; None: half of what this machine has free, nine tenths with a GPU."""
     nvme_dir: str | None = None
-    """Folder of a local drive (placement="nvme"). What is written there is gone when the process ends."""
+    """Folder of a local drive (placement="nvme" or "auto"). What is written there is gone when the process ends."""
     nvme_ring: int | str = "96MB"
     """Host memory through which optimizer state on the drive is streamed, in pieces of a third of it."""
     nvme_checksums: bool = False
@@ -98,9 +100,7 @@ class EngineConfig:
 
         if not is_whole(self.zero_stage) or self.zero_stage not in (0, 1, 2, 3):
             reject("zero_stage", "must be 0, 1, 2 or 3")
-        if self.placement == "auto":
-            raise NotImplementedError(f"placement={self.placement!r} is not built yet: use 'device', 'host' or 'nvme'")
-        if self.placement not in ("device", "host", "nvme"):
+        if self.placement not in ("device", "host", "nvme", "auto"):
             reject("placement", "must be 'device', 'host', 'nvme' or 'auto'")
         for field in ("param_offload", "optimizer_offload"):
             value = getattr(self, field)
@@ -128,8 +128,8 @@ class EngineConfig:
             reject("nvme_dir", "must be the path of a folder")
         if self.nvme_dir is None and self.placement == "nvme":
             reject("nvme_dir", "placement='nvme' needs a folder on a local drive")
-        if self.nvme_dir is not None and self.placement != "nvme":
-            reject("nvme_dir", "needs placement='nvme'")
+        if self.nvme_dir is not None and self.placement not in ("nvme", "auto"):
+            reject("nvme_dir", "needs placement='nvme' or 'auto'")
         if not is_whole(self.max_chunk_numel) or self.max_chunk_numel < 1:
             reject("max_chunk_numel", "must be a whole number of parameters, at least 1")
         if not is_whole(self.prefetch) or self.prefetch < 0:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..kernels import sum_of_squares
+from .budgets import MAX_IN_FLIGHT
 from .chunk import Chunk
 from .collectives import RankGroup, all_reduce, reduce_scatter
 from .disk_tensor import DiskTensor, in_memory
@@ -24,9 +25,6 @@ from .lanes import Event, Lane
 from .layout import Slot
 from .staging import Staging
 from .tiers import BufferPool, Ledger, Payload, Tier
-
-MAX_IN_FLIGHT = 2
-"""Reductions whose buffers are held; one more and the backward pass waits for the oldest."""
 
 
 @dataclass

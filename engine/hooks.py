@@ -25,11 +25,12 @@ from torch import nn
 from torch.autograd import Variable
 
 from .blocks import Unit
+from .budgets import choose_evictions
 from .chunk_group import ChunkGroup
 from .config import EngineConfig
 from .gradients import ChunkGradient, GradientTraffic
 from .layout import Slot
-from .tiers import Ledger, Tier
+from .tiers import Ledger, Payload, Tier
 from .trace import AccessTrace
 
 
@@ -37,7 +38,12 @@ class Schedule:
     """What every unit's hooks share: the groups in layout order, the trace, and where the backward pass stands."""
 
     def __init__(
-        self, groups: list[ChunkGroup], config: EngineConfig, ledger: Ledger, traffic: GradientTraffic
+        self,
+        groups: list[ChunkGroup],
+        config: EngineConfig,
+        ledger: Ledger,
+        traffic: GradientTraffic,
+        gradient_peak_bytes: int,
     ) -> None:
         self.groups = groups
         self.trace = AccessTrace()
@@ -52,12 +58,16 @@ class Schedule:
         self._config = config
         self._ledger = ledger
         self._traffic = traffic
+        self._gradient_peak_bytes = gradient_peak_bytes
+        chunks = [chunk for group in groups for chunk in group.chunks]
+        self._gradients_leave = any(chunk.placement.gradient_tier is not Tier.DEVICE for chunk in chunks)
         self._distributed = traffic.group.is_distributed
         self._in_backward = False
         self._called: set[str] = set()  # units, since the last backward pass
         self._called_twice: set[str] = set()
         self._inputs: dict[int, weakref.ref[torch.Tensor]] = {}  # of units, since the last backward pass
         self._done: dict[ChunkGroup, set[str]] = {}  # units of each group, in this backward pass
+        self._reduced: set[ChunkGroup] = set()  # in this backward pass
         self._next_reduce = len(groups) - 1  # in this backward pass
         self._has_landed = False  # in this backward pass
         self.scaled_backwards = 0
@@ -102,18 +112,17 @@ class Schedule:
         """Reshard what is not wanted: all of it, or with a budget, what is used farthest in the future until the rest
         fits."""
         idle = [g for g in self.groups if g.is_sharded and g.is_whole and g.is_idle and g not in wanted]
+        evicted = [group.index for group in idle]
         if self._config.device_budget is not None:
-            room = self._config.device_budget - self._ledger.tier_bytes(Tier.DEVICE)
-            room -= sum(group.gathered_bytes for group in wanted if not group.is_whole)
+            stored = self._ledger.tier_bytes(Tier.DEVICE) - self._ledger.bytes(Tier.DEVICE, Payload.GRADIENT)
+            needed = stored + self._gradient_peak_bytes - self._config.device_budget
+            needed += sum(group.gathered_bytes for group in wanted if not group.is_whole)
             future = [index for _, index in self.trace.upcoming(3 * len(self.groups))]
-            # What is not foreseen is freed first; sorted() is stable, so ranks agree.
-            idle.sort(key=lambda g: future.index(g.index) if g.index in future else len(future), reverse=True)
+            uses = {g.index: future.index(g.index) if g.index in future else None for g in idle}
+            evicted = choose_evictions([(g.index, g.gathered_bytes, uses[g.index]) for g in idle], needed)
         for group in idle:
-            if self._config.device_budget is not None:
-                if room >= 0:
-                    break
-                room += group.gathered_bytes
-            group.reshard()
+            if group.index in evicted:
+                group.reshard()
 
     def reshard_all(self) -> None:
         """Before weights change."""
@@ -206,12 +215,17 @@ class Schedule:
         return seen is not None and seen() is tensor
 
     def unit_done(self, unit: str, groups: list[ChunkGroup]) -> None:
-        """The backward pass of `unit` is over. A group is reduced when that of all its units is, and all groups after
-        it have been: one order for all ranks, also where a rank skipped a unit."""
+        """The backward pass of `unit` is over. A group is reduced when that of all its units is, and where there are
+        other ranks, when all groups after it have been: one order for all, also where a rank skipped a unit."""
         if unit in self._called_twice:
             return
         for group in groups:
             self._done.setdefault(group, set()).add(unit)
+        if not self._distributed:
+            for group in groups:
+                if len(self._done[group]) == group.unit_count:
+                    self._reduce(group)
+            return
         while self._next_reduce >= 0:
             group = self.groups[self._next_reduce]
             if len(self._done.get(group, ())) < group.unit_count:
@@ -228,11 +242,17 @@ class Schedule:
         if self._is_final:
             return True
         # Not a question of placement where ranks add up: the order of the sum would depend on it.
-        return self._config.zero_stage >= 2 if self._distributed else self._config.optimizer_offload_fraction > 0
+        return self._config.zero_stage >= 2 if self._distributed else self._gradients_leave
 
     def _reduce_next(self) -> None:
-        group = self.groups[self._next_reduce]
         self._next_reduce -= 1
+        self._reduce(self.groups[self._next_reduce + 1])
+
+    def _reduce(self, group: ChunkGroup) -> None:
+        """Once in a backward pass."""
+        if group in self._reduced:
+            return
+        self._reduced.add(group)
         if group.gradients and self._reduces_now():
             self._note_order(group.index + len(self.groups))
             group.reduce_gradients(self._is_final)
@@ -251,6 +271,7 @@ class Schedule:
         self._called_twice.clear()
         self._inputs.clear()
         self._done.clear()
+        self._reduced.clear()
         self._drop_pins("backward ")
 
     def _drop_pins(self, prefix: str) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from .budgets import Machine
 from .cgroups import available_bytes
 from .collectives import RankGroup
 
@@ -17,9 +18,13 @@ def host_available_bytes() -> int:
     return max(1, available if in_groups is None else min(available, in_groups))
 
 
-def host_room_of(device: torch.device, group: RankGroup) -> int:
-    """A rank's share of the host's memory, the same on every rank. On a GPU nine tenths of what is free; on a CPU half
-    of it, since activations and gathered weights live there too."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", group.world_size))
-    share = 0.9 if device.type == "cuda" else 0.5
-    return min(group.gather_objects(int(host_available_bytes() * share / max(ranks_here, 1))))
+def read_machine(device: torch.device, group: RankGroup) -> Machine:
+    """A rank's share of what is free, the same on every rank. On a GPU, six tenths of its memory, since activations
+    need theirs, and nine tenths of the host's. On a CPU, where both are one memory and activations live there too,
+    three tenths for the device and five for the host."""
+    ranks_here = max(int(os.environ.get("LOCAL_WORLD_SIZE", group.world_size)), 1)
+    on_gpu = device.type == "cuda"
+    host_bytes = host_available_bytes() / ranks_here
+    device_bytes = torch.cuda.mem_get_info(device)[0] * 0.6 if on_gpu else host_bytes * 0.3
+    rooms = group.gather_objects((int(device_bytes), int(host_bytes * (0.9 if on_gpu else 0.5))))
+    return Machine(on_gpu, min(device for device, _ in rooms), min(host for _, host in rooms))

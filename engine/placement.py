@@ -2,12 +2,13 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+import torch
 
 from .config import EngineConfig, Precision
 from .layout import ChunkSpec, Layout
-from .streaming_sizes import piece_numel_of, ring_bytes_of
-from .tiers import OutOfBudgetError, Payload, Tier
+from .tiers import Payload, Tier
 
 STORE_RING_BYTES = 2**25
 """Of an `NvmeStore`, for transfers that are not aligned."""
@@ -54,29 +55,42 @@ class ChunkPlacement:
         return self.owned_numel * (4 if self.gradient_tier is Tier.NVME else spec.dtype.itemsize)
 
 
-def place_chunks(specs: list[ChunkSpec], config: EngineConfig, rank: int, world_size: int) -> list[ChunkPlacement]:
-    """Place every chunk of a model, given in execution order. Offloaded are the first ones: the last of the forward
-    pass are the first of the backward pass, so that those cost no transfer when they stay. Gradients of chunks whose
-    state is on the drive are too, as yet."""
+def place_chunks(
+    specs: list[ChunkSpec],
+    config: EngineConfig,
+    rank: int,
+    world_size: int,
+    weight_tiers: list[Tier],
+    state_tiers: list[Tier],
+) -> list[ChunkPlacement]:
+    """Place every chunk of a model on the tiers given, as far as the stage allows. Gradients of chunks whose state is
+    on the drive are too, as yet."""
+    result = []
+    for spec, weight_tier, state_tier in zip(specs, weight_tiers, state_tiers, strict=True):
+        if config.zero_stage < 3:  # weights are whole on the device at all times
+            weight_tier = Tier.DEVICE
+        sharded = weight_tier is not Tier.DEVICE or (config.zero_stage == 3 and world_size > 1)
+        # A frozen chunk has no optimizer state to share out, and below stage 3 every rank keeps all of its weights.
+        whole = config.zero_stage == 0 or world_size == 1 or (config.zero_stage < 3 and not spec.trainable)
+        owned = (0, spec.numel) if whole else spec.shard_range(rank, world_size)
+        result.append(ChunkPlacement(sharded, weight_tier, state_tier, state_tier, owned, Precision(config.precision)))
+    return result
+
+
+def fixed_tiers(specs: list[ChunkSpec], config: EngineConfig) -> tuple[list[Tier], list[Tier]]:
+    """Of the weights and of the optimizer state of each chunk, given in execution order. Offloaded are the first ones:
+    the last of the forward pass are the first of the backward pass, so that those cost no transfer when they stay."""
     kept, offloaded = {
         "device": (Tier.DEVICE, Tier.DEVICE),
         "host": (Tier.DEVICE, Tier.HOST),
         "nvme": (Tier.HOST, Tier.NVME),
     }[config.placement]
-    # Below stage 3 weights are whole on the device at all times.
-    kept_weights = kept if config.zero_stage == 3 else Tier.DEVICE
-    offloaded_weights = _first_fraction(specs, config.weight_offload_fraction, lambda spec: True)
-    offloaded_state = _first_fraction(specs, config.optimizer_offload_fraction, lambda spec: spec.trainable)
-    result = []
-    for index, spec in enumerate(specs):
-        weight_tier = offloaded if index in offloaded_weights else kept_weights
-        sharded = weight_tier is not Tier.DEVICE or (config.zero_stage == 3 and world_size > 1)
-        # A frozen chunk has no optimizer state to share out, and below stage 3 every rank keeps all of its weights.
-        whole = config.zero_stage == 0 or world_size == 1 or (config.zero_stage < 3 and not spec.trainable)
-        owned = (0, spec.numel) if whole else spec.shard_range(rank, world_size)
-        tier = offloaded if index in offloaded_state else kept
-        result.append(ChunkPlacement(sharded, weight_tier, tier, tier, owned, Precision(config.precision)))
-    return result
+    weights = _first_fraction(specs, config.weight_offload_fraction, lambda spec: True)
+    state = _first_fraction(specs, config.optimizer_offload_fraction, lambda spec: spec.trainable)
+    return (
+        [offloaded if index in weights else kept for index in range(len(specs))],
+        [offloaded if index in state else kept for index in range(len(specs))],
+    )
 
 
 def _first_fraction(specs: list[ChunkSpec], fraction: float, counts) -> set[int]:
@@ -130,6 +144,16 @@ class StoragePlan:
         return sum(self.at_rest().get(tier, {}).values())
 
     @property
+    def host_peak(self) -> int:
+        """With the float32 sums of micro-batches, should there be any."""
+        wide = sum(
+            placement.owned_numel * 4
+            for _, spec, placement in self.named_chunks()
+            if spec.trainable and placement.gradient_tier is Tier.HOST and spec.dtype != torch.float32
+        )
+        return self.tier_bytes(Tier.HOST) + wide
+
+    @property
     def slab_bytes(self) -> int:
         """Of what is at rest on the host; the staging buffers are apart."""
         return self.tier_bytes(Tier.HOST) - self.staging_bytes
@@ -142,49 +166,3 @@ class StoragePlan:
             for (tier, payload), nbytes in placement.payload_bytes(spec).items()
             if tier is Tier.NVME
         }
-
-
-def plan_storage(
-    layout: Layout, config: EngineConfig, rank: int, world_size: int, *, on_gpu: bool, host_room: int
-) -> StoragePlan:
-    """`host_room`: bytes of host memory to assume where `config.host_budget` is None. Raises OutOfBudgetError for a
-    ring that is too small."""
-    placements = place_chunks(layout.chunks, config, rank, world_size)
-    on_disk = [p for p in placements if Tier.NVME in (p.weight_tier, p.optimizer_tier)]
-    piece_numel = staging_bytes = 0
-    if on_disk:
-        largest_numel = max(placement.owned_numel for placement in on_disk)
-        precision = Precision(config.precision)
-        piece_numel = piece_numel_of(config.nvme_ring, largest_numel, precision)
-        staging_bytes = ring_bytes_of(piece_numel, precision) + STORE_RING_BYTES
-        staging_bytes += 2 * WEIGHT_STAGING_BYTES if on_gpu else 0
-    plan = StoragePlan(layout, placements, piece_numel, staging_bytes)
-    room = (host_room if config.host_budget is None else config.host_budget) - plan.tier_bytes(Tier.HOST)
-    return replace(plan, placements=_gradients_to_host(layout.chunks, placements, room))
-
-
-def _gradients_to_host(specs: list[ChunkSpec], placements: list[ChunkPlacement], room: int) -> list[ChunkPlacement]:
-    """Gradients that would wait on the drive wait on the host while there is room."""
-    result = []
-    for spec, placement in zip(specs, placements, strict=True):
-        if placement.gradient_tier is Tier.NVME and spec.trainable:
-            on_host = replace(placement, gradient_tier=Tier.HOST)
-            if on_host.gradient_bytes(spec) <= room:
-                room -= on_host.gradient_bytes(spec)
-                placement = on_host
-        result.append(placement)
-    return result
-
-
-def check_budgets(plan: StoragePlan, config: EngineConfig) -> None:
-    """Raises OutOfBudgetError when a budget does not hold what must be stored."""
-    for tier, budget, field in (
-        (Tier.DEVICE, config.device_budget, "device_budget"),
-        (Tier.HOST, config.host_budget, "host_budget"),
-    ):
-        needed = plan.tier_bytes(tier)
-        if budget is not None and needed > budget:
-            raise OutOfBudgetError(
-                f"{field} is {budget} bytes, and what is at rest on the {tier.value} takes {needed} bytes: "
-                "raise it, shard over more ranks, or offload more"
-            )

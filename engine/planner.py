@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from .blocks import find_parts
+from .budgets import gathered_window, gradient_peak, group_bytes, plan_storage
 from .collectives import RankGroup
 from .config import EngineConfig
-from .gradients import MAX_IN_FLIGHT
 from .layout import ChunkSpec, Layout, pack
-from .machine import host_room_of
-from .placement import ChunkPlacement, plan_storage
+from .machine import read_machine
+from .placement import StoragePlan
 from .shard import layout_specs, optimizer_groups
 from .tiers import Payload, Tier
 
@@ -93,51 +93,21 @@ def plan(
         group_of = optimizer_groups(model, optimizer)
     parts = find_parts(model, config.max_chunk_numel)
     layout = pack(layout_specs(model, parts, group_of, config), world_size, config.max_chunk_numel)
-    on_gpu = torch.cuda.is_available()
-    host_room = host_room_of(torch.device("cuda" if on_gpu else "cpu"), RankGroup(0, 1, None, None))
-    storage_plan = plan_storage(layout, config, 0, world_size, on_gpu=on_gpu, host_room=host_room)
-    placements = storage_plan.placements
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    storage_plan = plan_storage(layout, config, 0, world_size, read_machine(device, RankGroup(0, 1, None, None)))
     return Plan(
         config,
         layout,
         {tier: dict(payloads) for tier, payloads in storage_plan.at_rest().items()},
-        _gathered_peak(layout, placements, config),
-        _gradient_peak(layout, placements, config, accumulation_steps),
+        _gathered_peak(storage_plan, config),
+        gradient_peak(layout, storage_plan.placements, config, accumulation_steps),
     )
 
 
-def _gathered_peak(layout: Layout, placements: list[ChunkPlacement], config: EngineConfig) -> int:
-    remaining = iter(placements)
-    sizes = [sum(spec.nbytes for spec in group.chunks if next(remaining).sharded) for group in layout.groups]
-    if config.device_budget is not None:
-        return min(sum(sizes), max(config.device_budget, _largest_window(sizes, config.prefetch + 2)))
-    return _largest_window(sizes, config.prefetch + 2)
-
-
-def _largest_window(sizes: list[int], length: int) -> int:
-    return max((sum(sizes[start : start + length]) for start in range(len(sizes))), default=0)
-
-
-def _gradient_peak(
-    layout: Layout, placements: list[ChunkPlacement], config: EngineConfig, accumulation_steps: int
-) -> int:
-    """Local gradients are whole; what they are reduced to is this rank's part, in float32 once micro-batches are
-    added."""
-    trainable = [(s, p) for s, p in zip(layout.chunks, placements, strict=True) if s.trainable]
-
-    def itemsize(spec: ChunkSpec) -> int:
-        return 4 if accumulation_steps > 1 else spec.dtype.itemsize
-
-    whole = [spec.numel * itemsize(spec) for spec, _ in trainable]
-    owned = sum(p.owned_numel * itemsize(s) for s, p in trainable if p.optimizer_tier is Tier.DEVICE)
-    leave = any(placement.gradient_tier is not Tier.DEVICE for _, placement in trainable)
-    if layout.world_size == 1 and not leave:
-        return sum(whole)
-    if config.zero_stage < 2 and accumulation_steps > 1:
-        return sum(whole)
-    if layout.world_size == 1 or config.zero_stage == 0:
-        in_flight = sorted(
-            (w for w, (_, p) in zip(whole, trainable, strict=True) if p.gradient_tier is not Tier.DEVICE)
-        )
-        return owned + sum(in_flight[-MAX_IN_FLIGHT - 1 :])
-    return owned + sum(sorted(whole)[-MAX_IN_FLIGHT - 1 :])
+def _gathered_peak(storage_plan: StoragePlan, config: EngineConfig) -> int:
+    placements = storage_plan.placements
+    window = gathered_window(storage_plan.layout, placements, config)
+    if config.device_budget is None:
+        return window
+    reserved = storage_plan.tier_bytes(Tier.DEVICE) + gradient_peak(storage_plan.layout, placements, config, 2)
+    return min(sum(group_bytes(storage_plan.layout, placements)), max(config.device_budget - reserved, window))

@@ -5,7 +5,7 @@ import os
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 from zlib import crc32
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .blocks import ModelParts, find_parts
+from .budgets import Machine, check_budgets, gradient_peak, plan_storage
 from .chunk import Chunk
 from .chunk_group import ChunkGroup
 from .collectives import RankGroup, make_rank_group
@@ -22,12 +23,12 @@ from .gradients import GradientTraffic
 from .hooks import Schedule, UnitHooks, tensors_in
 from .lanes import InlineLane, Lane, make_lane
 from .layout import Layout, ParamSpec, pack
-from .machine import host_room_of
+from .machine import read_machine
 from .materialize import initialize_parameters, rebuild_buffers
 from .nvme import NvmeStore
 from .optimizer import ZeroOptimizer, read_adam_groups
 from .parameter_names import persistent_buffer_names
-from .placement import STORE_RING_BYTES, WEIGHT_STAGING_BYTES, ChunkPlacement, StoragePlan, check_budgets, plan_storage
+from .placement import STORE_RING_BYTES, WEIGHT_STAGING_BYTES, ChunkPlacement, StoragePlan
 from .pretrained import PretrainedFolder
 from .staging import Staging
 from .streaming import UpdateStream
@@ -112,7 +113,7 @@ def initialize(
     device = _compute_device(device)
     timeout_s = options.get("timeout_s", EngineConfig.timeout_s)
     rank_group = make_rank_group(process_group, device, timeout_s if isinstance(timeout_s, int | float) else 60)
-    host_room = host_room_of(device, rank_group)
+    machine = read_machine(device, rank_group)
     prepared, error = None, None
 
     def open_folder() -> PretrainedFolder | None:
@@ -122,7 +123,7 @@ def initialize(
         return PretrainedFolder(path, model, allow_missing=allow_missing, stored_name=stored_name)
 
     try:
-        prepared = _prepare(model, optimizer, open_folder, options, rank_group, device, host_room)
+        prepared = _prepare(model, optimizer, open_folder, options, rank_group, machine)
     except Exception as caught:
         error = caught
     rank_group.barrier(error)
@@ -163,7 +164,7 @@ def initialize(
         )
     loader.load_buffers()
 
-    schedule = Schedule(groups, config, ledger, traffic)
+    schedule = Schedule(groups, config, ledger, traffic, gradient_peak(layout, placements, config, 2))
     _register_hooks(model, parts, groups, schedule, config)
     zero_optimizer = None
     if optimizer is not None:
@@ -206,8 +207,7 @@ def _prepare(
     open_folder: Callable[[], PretrainedFolder | None],
     options: dict[str, Any],
     rank_group: RankGroup,
-    device: torch.device,
-    host_room: int,
+    machine: Machine,
 ) -> tuple[EngineConfig, PretrainedFolder | None, ModelParts, StoragePlan]:
     """All that can be wrong without anything having been allocated."""
     config = EngineConfig.from_keywords(**options)
@@ -229,14 +229,9 @@ def _prepare(
     group_of = optimizer_groups(model, optimizer)
     parts = find_parts(model, config.max_chunk_numel)
     layout = pack(layout_specs(model, parts, group_of, config), rank_group.world_size, config.max_chunk_numel)
-    storage_plan = plan_storage(
-        layout,
-        config,
-        rank_group.rank,
-        rank_group.world_size,
-        on_gpu=device.type == "cuda",
-        host_room=host_room,
-    )
+    storage_plan = plan_storage(layout, config, rank_group.rank, rank_group.world_size, machine)
+    if config.placement == "auto" and config.device_budget is None:
+        config = replace(config, device_budget=machine.device_room)
     check_budgets(storage_plan, config)
     return config, folder, parts, storage_plan
 

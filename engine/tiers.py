@@ -62,6 +62,9 @@ class Ledger:
                 self._peak[key] = max(self._peak[key], now)
                 self._tier_peak[tier] = max(self._tier_peak[tier], tier_now)
 
+    def bytes(self, tier: Tier, payload: Payload) -> int:
+        return self._now[tier, payload]
+
     def tier_bytes(self, tier: Tier) -> int:
         return self._tier_now[tier]
 

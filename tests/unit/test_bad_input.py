@@ -42,12 +42,6 @@ def test_an_unknown_keyword_is_named_with_the_known_ones():
         engine.initialize(nn.Linear(2, 2), zero_stages=3)
 
 
-@pytest.mark.parametrize("placement", ["auto"])
-def test_what_is_not_built_says_so(placement):
-    with pytest.raises((NotImplementedError, ValueError), match=placement):
-        EngineConfig(placement=placement)
-
-
 @pytest.mark.parametrize(
     ("options", "field"),
     [

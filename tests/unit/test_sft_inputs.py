@@ -53,12 +53,6 @@ def test_mistakes_end_with_one_line_and_write_nothing(tmp_path, dataset, capsys,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("strategy", ["gemini_auto"])
-def test_placements_that_are_not_built_say_so(tmp_path, dataset, strategy):
-    with pytest.raises(NotImplementedError, match="not built yet"):
-        run(tmp_path, dataset, "--strategy", strategy)
-
-
 def test_folders_without_config_or_safetensors_are_refused(tmp_path):
     cases = [("config.json", "{}", "has no \\*.safetensors"), ("other", "", "has no config.json")]
     for name, content, message in cases:
