@@ -200,7 +200,7 @@ def absent(entry: Entry, args: argparse.Namespace) -> str | None:
 
 def measure_row(entry: Entry, args: argparse.Namespace, kinds: set[str]) -> dict:
     """Search an entry's capacity, or try the one size that was asked for. Raises EntryFailed."""
-    rungs = ladder()
+    rungs = [rung for rung in ladder() if args.most is None or rung.numel <= args.most]
     tries: dict[int, Try] = {}
 
     def fits(index: int) -> bool:
@@ -214,6 +214,8 @@ def measure_row(entry: Entry, args: argparse.Namespace, kinds: set[str]) -> dict
         best = largest(fits, len(rungs), nearest(rungs, entry.first_guess(args)))
     larger = min((index for index in tries if index > best), default=None)
     notes = [] if larger is None else [f"{report.number('_numel', rungs[larger].numel)} M: {tries[larger].reason}"]
+    if best == len(rungs) - 1:
+        notes.append("larger ones were not tried")
     if best < 0:
         return {"name": entry.name, "note": "; ".join(["nothing fits", *notes]), "metrics": {}}
     reading = tries[best].reading
@@ -352,6 +354,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--only", nargs="+", choices=[entry.name for entry in ENTRIES], metavar="ENTRY", help="in this order"
     )
     parser.add_argument("--size", type=float, help="try the model nearest to this many parameters, and search nothing")
+    parser.add_argument("--most", type=float, help="search among models of no more parameters than this")
     parser.add_argument(
         "--verify", action="store_true", help="train what megalith fits without the limit too: the same losses?"
     )
@@ -367,6 +370,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} is {getattr(args, name)}, and has to be at least 1")
     if args.size is not None and not args.size > 0:
         parser.error(f"--size {args.size}: must be a number of parameters")
+    if args.most is not None and not args.most >= ladder()[0].numel:
+        parser.error(f"--most {args.most}: the smallest model has {ladder()[0].numel} parameters")
     if not os.path.isdir(args.nvme_dir):
         parser.error(f"--nvme_dir {args.nvme_dir}: no such folder")
     try:

@@ -109,6 +109,13 @@ def test_record_has_the_largest_size_and_the_bar(monkeypatch, tmp_path, capsys):
     assert record["checks"][0]["at_least"] == 10.3
 
 
+def test_a_search_that_ends_early_says_so(monkeypatch, tmp_path, capsys):
+    argv = ["--only", "native-fp32", "--most", "20e6"]
+    status, record = run(monkeypatch, tmp_path, lambda _: reading(10.0, 9.0, 8.0), argv)
+    assert status == 0 and record["rows"][0]["note"].endswith("larger ones were not tried")
+    assert 18e6 < record["rows"][0]["metrics"]["model_numel"][0] <= 20e6
+
+
 @pytest.mark.parametrize("losses", [(10.0, 9.0, 9.5), (10.0, 10.0, 9.0), (10.0, float("nan"), 9.0)])
 def test_a_size_whose_losses_do_not_fall_is_a_failure_of_the_row(monkeypatch, tmp_path, losses, capsys):
     status, record = run(monkeypatch, tmp_path, lambda _: reading(*losses), ["--only", "native-fp32", "--size", "8e6"])
@@ -146,6 +153,7 @@ def test_an_option_that_the_engine_does_not_know_makes_a_row_absent(monkeypatch,
         (["--limit", "0"], "--limit"),
         (["--device_budget", "24GB"], "--device_budget is for --device cuda"),
         (["--size", "-1"], "--size"),
+        (["--most", "1e3"], "the smallest model has 8"),
         (["--nvme_dir", "/no/such/folder"], "no such folder"),
         (["--only", "native-fp64"], "native-fp32"),
         (["--seq_len", "0"], "--seq_len is 0"),
