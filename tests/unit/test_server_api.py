@@ -85,6 +85,14 @@ def test_stop_strings_end_an_answer_and_its_generation(server, stop, expected, s
     assert server[1].streams[-1].is_cancelled
 
 
+def test_a_choice_that_stops_makes_room_while_others_go_on(server):
+    prompts = ["echo and STOP", "slow"]
+    stream = client_of(server[0]).completions.create(model="tiny", prompt=prompts, stop="STOP", stream=True)
+    assert any(chunk.choices[0].finish_reason == "stop" for chunk in stream if chunk.choices[0].index == 0)
+    assert [answer.is_cancelled for answer in server[1].streams[-2:]] == [True, False]
+    stream.close()
+
+
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
 def test_the_length_is_limited(server, name):
     answer = chat(server, **{name: 5})
