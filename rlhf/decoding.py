@@ -4,9 +4,10 @@ evaluation.
 `generate` answers a list of prompts; `batching.py` answers requests that come and go. Both step a `Decoder`, whose rows
 join (`prefill`), get one token each (`step`) and leave (`drop`).
 
-It calls the model's own forward with a cache of ours and explicit positions, so it takes any causal model of
-transformers, sharded ones and those with 4-bit linears included. Outside of `engine.gathered(model)` the engine gathers
-one block after the other, fetching the next one while this one computes.
+It calls the model's own forward with a cache of ours (`kv_cache.py` says why) and explicit positions, so it takes
+causal models of transformers whose layers are plain attention, sharded ones and those with 4-bit linears included.
+Outside of `engine.gathered(model)` the engine gathers one block after the other, fetching the next one while this one
+computes: with placement="host", that is how a model answers that is larger than its `device_budget`.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from torch import nn
 
 from .kv_cache import KVCache
 from .sampling import MAX_SEED, RowOptions, SamplingOptions, TokenCounts, choose_tokens
+from .static_step import StaticStep, can_record
 
 PREFILL_TOKENS = 4096  # padding included: more of them in one pass are no faster, and take more memory
 
@@ -58,6 +60,8 @@ class Decoder:
         self._cache_keyword = "cache" if "cache" in parameters else "past_key_values"  # renamed in transformers 5.2x
         self._takes_positions = "position_ids" in parameters  # BLOOM takes them from the mask
         self._takes_logits_to_keep = "logits_to_keep" in parameters
+        self._is_static = can_record(model, self.device)
+        self._static_step: StaticStep | None = None
         self._rows: RowOptions | None = None  # of all answers; None when they have changed
         self._counts: TokenCounts | None = None
 
@@ -83,7 +87,14 @@ class Decoder:
     def step(self) -> None:
         """Choose the next token of every answer."""
         ids = torch.tensor([[answer.tokens[-1]] for answer in self.answers], device=self.device)
-        logits = self._forward(ids, self.cache, *self.cache.plan_decode(self.device))
+        if self._is_static:
+            lengths = self.cache.grow()
+            if self._static_step is None or self._static_step.version != self.cache.version:
+                self._static_step = None  # its memory first
+                self._static_step = StaticStep(self._forward, self.cache, self.device)
+            logits = self._static_step(ids, lengths)
+        else:
+            logits = self._forward(ids, self.cache, *self.cache.plan_decode(self.device))
         if self._rows is None:
             self._rows = self._options_of(self.answers)
             self._counts = self._counts_of(self.answers, self._rows, logits.shape[1])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from decoding_cases import check_greedy, check_logprobs, lively_model, make_prompts, plain_logits
 from megalith import engine
+from megalith.rlhf import decoding
 from megalith.rlhf.decoding import generate
 from megalith.rlhf.sampling import SamplingOptions
 from tiny import FAMILIES
@@ -20,6 +21,20 @@ def test_greedy_answers_in_batches_are_those_of_the_plain_model(family):
     answers = generate(model, prompts, GREEDY, batch_size=3)  # rows leave, and others join
     check_greedy(model, prompts, answers)
     assert all(answer.finish_reason == "length" for answer in answers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_of_fixed_shapes_give_the_same_answers(family, monkeypatch):
+    """All that a CUDA graph replays, but for the recording."""
+    monkeypatch.setattr(decoding, "can_record", lambda model, device: True)
+    shapes = []
+    plan = decoding.KVCache.plan_static
+    monkeypatch.setattr(decoding.KVCache, "plan_static", lambda self, x: shapes.append(self.allocated) or plan(self, x))
+    model = lively_model(family)
+    prompts = make_prompts(3, 9, 1, 14, 7, 14, 2)
+    options = [replace(GREEDY, max_new_tokens=count) for count in (4, 20, 9, 3, 12, 6, 11)]
+    check_greedy(model, prompts, generate(model, prompts, options, batch_size=4))
+    assert (4, 128) in shapes and len(shapes) > 15
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
