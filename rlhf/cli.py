@@ -14,6 +14,7 @@ STAGES = {
     "pretrain": ("train_pretrain", "next-token loss on plain text"),
     "cut-text": ("cut_text", "plain text as rows for pretraining, cut at the ends of sentences"),
     "dpo": ("train_dpo", "direct preference optimisation on ranked answers"),
+    "eval": ("eval", "reward, win rate, KL and length against a baseline, with answers side by side"),
     "rm": ("train_rm", "reward model from ranked answers"),
     "sft": ("train_sft", "supervised fine-tuning on instructions or conversations"),
     "ppo": ("train_ppo", "reinforcement learning from a reward model, a function or a server"),

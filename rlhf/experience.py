@@ -57,7 +57,9 @@ def collect(learner, prompts):
     if learner.uses_reference:
         with nullcontext(learner.reference) if learner.reference else adapters_off(learner.actor.model) as reference:
             [ref_logprobs] = judged(lambda micro: answer_logprobs(reference, micro, learner)[:1])
-    [values] = judged(lambda micro: [answer_values(learner.critic.model, micro)])
+    values = torch.zeros_like(logprobs)
+    if learner.critic is not None:
+        [values] = judged(lambda micro: [answer_values(learner.critic.model, micro)])
     if isinstance(learner.reward, torch.nn.Module):
         [scores] = judged(lambda micro: [last_scores(learner.reward, micro)])
     else:

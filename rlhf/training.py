@@ -36,16 +36,19 @@ def prepare(strategy_args, optim_args, output_args):
     return Preparation(device, options, checkpoints.choose(output_args.save_path, output_args.resume))
 
 
-def load_into_engine(model, optimizer, source, preparation, **options):
+NEW_PARAMETERS = (*lora.NEW_PARAMETERS, *reward_model.NEW_PARAMETERS)
+
+
+def load_into_engine(model, optimizer, source, preparation, allow_missing=NEW_PARAMETERS):
     """`engine.initialize` with the weights of `source`; adapters and a new score head keep their own initial values."""
     return engine.initialize(
         model,
         optimizer,
         pretrained=source.folder,
-        allow_missing=(*lora.NEW_PARAMETERS, *reward_model.NEW_PARAMETERS),
+        allow_missing=allow_missing,
         stored_name=lora.stored_name,
         device=preparation.device,
-        **{**preparation.options, **options},
+        **preparation.options,
     )
 
 

@@ -7,6 +7,8 @@ import shutil
 import pytest
 import torch
 from megalith.rlhf import train_dpo, train_pretrain, train_reward_model, train_rm, train_sft
+from megalith.rlhf.eval import main as eval_main
+from megalith.rlhf.eval import summary, win_rate
 from megalith.rlhf.reward_model import normalized
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -112,3 +114,27 @@ def test_a_packed_run_of_a_family_that_cannot_is_refused_before_anything_is_writ
         train_pretrain.main(options("pretrain", data, tmp_path / "out", pretrain="opt-tiny"))
     assert "--packing: opt does not tell" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_evaluation_of_a_model_against_itself_is_a_draw_and_the_page_stands_alone(data, tmp_path):
+    base, judge, out = tmp_path / "base", tmp_path / "judge", tmp_path / "out"
+    train_sft.main(options("sft", data, base, steps=1, lora_rank=0))
+    train_rm.main(options("rm", data, judge, steps=1, pretrain=base))
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": f"<b>{index}"} for index in range(5)])
+    given = f"--pretrain {base} --baseline {base} --rm_path {judge} --prompts {prompts} --prompt_format plain "
+    given += f"--max_new_tokens 6 --save_path {out} --device cpu --samples 3"
+    eval_main(given.split())
+    report = json.loads((out / "eval.json").read_text())
+    assert report["model"] == report["baseline"]
+    assert (report["win_rate"], report["prompts"], report["model"]["kl"]) == (0.5, 5, 0)
+    page = (out / "samples.html").read_text()
+    assert "&lt;b&gt;2" in page and "<b>2" not in page and "&lt;b&gt;3" not in page
+    assert "http" not in page and "<script" not in page
+    assert len((out / "samples.jsonl").read_text().splitlines()) == 3
+
+
+def test_the_summary_is_that_of_the_answers():
+    assert win_rate([1.0, 2.0, 3.0, 0.0], [0.0, 2.0, 4.0, -1.0])[0] == (1 + 0.5 + 0 + 1) / 4
+    numbers = summary([1.0, 3.0], [0.5, 1.5], [2, 4], [True, False])
+    assert (numbers["reward"], numbers["kl"], numbers["length"], numbers["truncated"]) == (2, 1, 3, 0.5)
+    assert numbers["reward_error"] == pytest.approx(1.0)
