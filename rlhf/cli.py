@@ -45,6 +45,16 @@ def _launch(module, nproc_per_node, argv):
     torchrun(["--standalone", "--nproc_per_node", nproc_per_node, "-m", module, *argv])
 
 
+def _imported(module):
+    """The module of a stage. Raises InputError where packages are missing that only some stages need."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "uvicorn", "prometheus_client"):
+            raise
+        raise InputError(f"{error.name} is not installed: pip install 'megalith[serve]'") from None
+
+
 def _dispatch(argv):
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
@@ -59,7 +69,7 @@ def _dispatch(argv):
     if launch.nproc_per_node:
         _launch(module, launch.nproc_per_node, rest)
     else:
-        importlib.import_module(module).main(rest)
+        _imported(module).main(rest)
 
 
 def main(argv=None):

@@ -1,5 +1,7 @@
 """Options: YAML under flags, aliases, and mistakes answered with the nearest name."""
 
+import sys
+
 import pytest
 import yaml
 from megalith.rlhf import cli
@@ -114,3 +116,12 @@ def test_yaml_written_by_hand_in_full_is_the_resolved_one(tmp_path):
     groups = options(*NEEDED)
     write_config(tmp_path / "a.yaml", groups)
     assert yaml.safe_load((tmp_path / "a.yaml").read_text())["dataset"] == "data.jsonl"
+
+
+def test_packages_that_only_the_server_needs_are_named(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith("megalith.rlhf.server")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "llama-tiny"])
+    assert "uvicorn is not installed: pip install 'megalith[serve]'" in capsys.readouterr().err
