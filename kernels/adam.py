@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .adam_step import AdamHyper, AdamTensors
 from .cpu_adam import cpu_adam_
+from .moment_codes import CODE_BLOCK_NUMEL, CODE_DTYPES, scales_numel
 
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -21,13 +22,14 @@ def fused_adam_(
     found_inf: Tensor,
     remainder: Tensor | None = None,
     master: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> None:
     """One step of Adam or AdamW, in place, on the device of the tensors.
 
     All tensors are one-dimensional, contiguous, of equal numel and on one CPU or CUDA device; they may be views of a
     larger buffer at any offset. `grad` is float32, bfloat16 or float16, and may be several tensors that follow each
-    other, as autograd leaves them; the moments are float32. What else is given says where the float32 master of the
-    weight is:
+    other, as autograd leaves them; the moments are float32, or with `scales` (float32 [scales_numel(numel)]) int8 and
+    uint8 codes, whose form moment_codes.py tells. What else is given says where the float32 master of the weight is:
 
     - float32 `weight` alone: the weight is the master;
     - bfloat16 `weight` and int16 `remainder`: its two halves, as `split_master` makes them;
@@ -37,10 +39,10 @@ def fused_adam_(
     coefficient and 1 / accumulation steps. With a `found_inf` (float32 [1], the same device) that is not zero nothing
     is written. On CUDA both are read by the kernel, so that the host never waits.
 
-    The result has the same bits on every device, with any number of threads, and however the shard was cut. Raises
-    ValueError that names the tensor of a wrong dtype, shape, device or layout.
+    The result has the same bits on every device, with any number of threads, and however the shard was cut (with codes,
+    at multiples of their blocks). Raises ValueError that names the tensor of a wrong dtype, shape, device or layout.
     """
-    tensors = AdamTensors(weight, grad, exp_avg, exp_avg_sq, remainder, master)
+    tensors = AdamTensors(weight, grad, exp_avg, exp_avg_sq, remainder, master, scales)
     _check(tensors, factor, found_inf)
     if weight.numel() == 0:
         return
@@ -73,6 +75,11 @@ def _check(tensors: AdamTensors, factor: Tensor, found_inf: Tensor) -> None:
         "remainder": (torch.int16,),
         "master": (torch.float32,),
     }
+    if tensors.scales is not None:
+        accepted |= {name: (dtype,) for name, dtype in CODE_DTYPES.items()}
+        _check_tensor("scales", tensors.scales, (torch.float32,), scales_numel(weight.numel()), weight.device)
+        if any(grad.numel() % CODE_BLOCK_NUMEL for grad in tensors.grads[:-1]):
+            raise ValueError(f"grad is cut within a block of {CODE_BLOCK_NUMEL} elements, whose moments share a scale")
     if isinstance(tensors.grad, tuple):
         grad_numel = sum(grad.numel() for grad in tensors.grad)
         if grad_numel != weight.numel():
@@ -80,7 +87,7 @@ def _check(tensors: AdamTensors, factor: Tensor, found_inf: Tensor) -> None:
     for grad in tensors.grads:
         numel = grad.numel() if isinstance(tensors.grad, tuple) else weight.numel()
         _check_tensor("grad", grad, (torch.float32, *_HALVES), numel, weight.device)
-    for name, tensor in tensors._replace(grad=None)._asdict().items():
+    for name, tensor in tensors._replace(grad=None, scales=None)._asdict().items():
         if tensor is not None:
             _check_tensor(name, tensor, accepted[name], weight.numel(), weight.device)
     _check_tensor("factor", factor, (torch.float32,), 1, weight.device)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .moment_codes import CODE_BLOCK_NUMEL, scales_numel
+
 
 class AdamScalars(NamedTuple):
     """The constants of one step as every implementation receives them: computed in float64, then rounded to float32."""
@@ -63,8 +65,8 @@ class AdamHyper:
 
 
 class AdamTensors(NamedTuple):
-    """The tensors of one step, all [numel]; `fused_adam_` tells which go together. A gradient may also be a tuple of
-    tensors that follow each other."""
+    """The tensors of one step, all [numel] but the scales; `fused_adam_` tells which go together. A gradient may also
+    be a tuple of tensors that follow each other."""
 
     weight: Tensor
     grad: Tensor | tuple[Tensor, ...]
@@ -72,10 +74,16 @@ class AdamTensors(NamedTuple):
     exp_avg_sq: Tensor
     remainder: Tensor | None = None
     master: Tensor | None = None
+    scales: Tensor | None = None  # [scales_numel(numel)], where the moments are codes
 
     def block(self, start: int, stop: int) -> "AdamTensors":
-        """Views of the elements from `start` to `stop`, where the gradient is one tensor."""
-        return AdamTensors(*(None if tensor is None else tensor[start:stop] for tensor in self))
+        """Views of the elements from `start` to `stop`, where the gradient is one tensor or left out. Moments in codes
+        are cut at multiples of their blocks."""
+        views = AdamTensors(*(None if tensor is None else tensor[start:stop] for tensor in self))
+        if self.scales is None:
+            return views
+        first = start // CODE_BLOCK_NUMEL * 2
+        return views._replace(scales=self.scales[first : first + scales_numel(views.weight.numel())])
 
     @property
     def grads(self) -> tuple[Tensor, ...]:
@@ -83,8 +91,7 @@ class AdamTensors(NamedTuple):
 
     def by_grad(self) -> Iterator["AdamTensors"]:
         """The same step as one for each tensor of the gradient."""
-        start = 0
+        rest, start = self._replace(grad=None), 0
         for grad in self.grads:
-            views = (None if t is None else t[start : start + grad.numel()] for t in self._replace(grad=None))
-            yield AdamTensors(*views)._replace(grad=grad)
+            yield rest.block(start, start + grad.numel())._replace(grad=grad)
             start += grad.numel()

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .adam_step import AdamHyper, AdamTensors
+from .moment_codes import CODE_BLOCK_NUMEL
 
 BLOCK_NUMEL = 1024
 # Without fusion, since a fused multiply-add rounds once where the CPU's two operations round twice. Four warps of eight
@@ -27,6 +28,32 @@ def _bfloat16_nearest_even(bits):
 
 
 @triton.jit
+def _decode(m_code, v_code, m_scale, v_scale):
+    """moment_codes.py has the form and its reasons."""
+    m = tl.abs(m_code.to(tl.float32)) * (1.0 / 127)
+    m = (m * m) * m_scale
+    v = v_code.to(tl.float32) * (1.0 / 255)
+    v = v * v
+    return tl.where(m_code < 0, -m, m), (v * v) * v_scale
+
+
+@triton.jit
+def _scale(values, mask, CODE_BLOCK: tl.constexpr):
+    """For each element the largest magnitude in its block, by bits."""
+    BLOCKS: tl.constexpr = values.numel // CODE_BLOCK
+    bits = tl.where(mask, values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+    most = tl.max(tl.reshape(bits, (BLOCKS, CODE_BLOCK)), axis=1, keep_dims=True)
+    most = tl.reshape(tl.broadcast_to(most, (BLOCKS, CODE_BLOCK)), (values.numel,))
+    return most.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _fraction(values, scale):
+    fraction = tl.div_rn(tl.abs(values), tl.where(scale == 0, 1.0, scale))
+    return tl.where(fraction <= 1, fraction, 1.0)
+
+
+@triton.jit
 def adam_kernel(
     weight_ptr,  # a bfloat16 weight is passed as its int16 patterns
     grad_ptr,
@@ -34,6 +61,7 @@ def adam_kernel(
     exp_avg_sq_ptr,
     remainder_ptr,  # None without a split master
     master_ptr,  # None without a separate master
+    scales_ptr,  # None where the moments are float32, else they are codes
     factor_ptr,
     found_inf_ptr,
     numel,
@@ -46,6 +74,7 @@ def adam_kernel(
     eps,
     DECOUPLED: tl.constexpr,
     BLOCK_NUMEL: tl.constexpr,
+    CODE_BLOCK: tl.constexpr,
 ):
     if tl.load(found_inf_ptr) != 0:
         return
@@ -64,6 +93,9 @@ def adam_kernel(
     g = tl.load(grad_ptr + offsets, mask=mask).to(tl.float32) * tl.load(factor_ptr)
     m = tl.load(exp_avg_ptr + offsets, mask=mask)
     v = tl.load(exp_avg_sq_ptr + offsets, mask=mask)
+    if scales_ptr is not None:
+        of_block = scales_ptr + offsets // CODE_BLOCK * 2
+        m, v = _decode(m, v, tl.load(of_block, mask=mask), tl.load(of_block + 1, mask=mask))
 
     if DECOUPLED:
         w = w * decay
@@ -74,8 +106,18 @@ def adam_kernel(
     denominator = tl.sqrt_rn(v) * inverse_sqrt_bias2 + eps
     w = w - tl.div_rn(m * step_size, denominator)
 
-    tl.store(exp_avg_ptr + offsets, m, mask=mask)
-    tl.store(exp_avg_sq_ptr + offsets, v, mask=mask)
+    if scales_ptr is not None:
+        m_scale, v_scale = _scale(m, mask, CODE_BLOCK), _scale(v, mask, CODE_BLOCK)
+        m_code = (tl.sqrt_rn(_fraction(m, m_scale)) * 127.0 + 0.5).to(tl.int32)
+        v_code = (tl.sqrt_rn(tl.sqrt_rn(_fraction(v, v_scale))) * 255.0 + 0.5).to(tl.int32)
+        tl.store(exp_avg_ptr + offsets, tl.where(m < 0, -m_code, m_code).to(tl.int8), mask=mask)
+        tl.store(exp_avg_sq_ptr + offsets, tl.where(v > 0, tl.maximum(v_code, 1), v_code).to(tl.uint8), mask=mask)
+        first = mask & (offsets % CODE_BLOCK == 0)
+        tl.store(scales_ptr + offsets // CODE_BLOCK * 2, m_scale, mask=first)
+        tl.store(scales_ptr + offsets // CODE_BLOCK * 2 + 1, v_scale, mask=first)
+    else:
+        tl.store(exp_avg_ptr + offsets, m, mask=mask)
+        tl.store(exp_avg_sq_ptr + offsets, v, mask=mask)
     if remainder_ptr is not None:
         bits = w.to(tl.int32, bitcast=True)
         high = tl.where(_is_nan(bits), 0x7FC0, (bits + 0x8000) >> 16)
@@ -107,5 +149,6 @@ def triton_adam_(tensors: AdamTensors, hyper: AdamHyper, factor: Tensor, found_i
             *hyper.scalars(),
             DECOUPLED=hyper.decoupled,
             BLOCK_NUMEL=BLOCK_NUMEL,
+            CODE_BLOCK=CODE_BLOCK_NUMEL,
             **LAUNCH_OPTIONS,
         )

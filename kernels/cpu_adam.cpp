@@ -5,6 +5,7 @@
 // instruction set, which is chosen at run time.
 
 #include <cmath>
+#include <cstdlib>
 #include <vector>
 
 #include "cpu_common.h"
@@ -15,6 +16,7 @@ namespace {
 
 struct MasterIsWeight {
   float* weight;
+  ALWAYS_INLINE MasterIsWeight from(int64_t i) const { return {weight + i}; }
   ALWAYS_INLINE float load(int64_t i) const { return weight[i]; }
   ALWAYS_INLINE void store(int64_t i, float value) const { weight[i] = value; }
 #ifdef X86_DISPATCH
@@ -30,6 +32,7 @@ struct MasterIsWeight {
 struct SplitMaster {  // split_master.py has the format and its reasons
   uint16_t* high;
   int16_t* low;
+  ALWAYS_INLINE SplitMaster from(int64_t i) const { return {high + i, low + i}; }
   ALWAYS_INLINE float load(int64_t i) const {
     return bit_cast<float>((uint32_t(high[i]) << 16) + uint32_t(int32_t(low[i])));
   }
@@ -60,6 +63,7 @@ template <class Half>
 struct SeparateMaster {
   float* master;
   uint16_t* weight;
+  ALWAYS_INLINE SeparateMaster from(int64_t i) const { return {master + i, weight + i}; }
   ALWAYS_INLINE float load(int64_t i) const { return master[i]; }
   ALWAYS_INLINE void store(int64_t i, float value) const {
     master[i] = value;
@@ -167,6 +171,67 @@ AVX2 void adam_loop_avx2(const AdamArguments<Weight, Grad>& arguments, int64_t b
 }
 #endif
 
+// ---- moments in codes: moment_codes.py has the form and its reasons ----
+
+constexpr int64_t kCodeBlock = 256;
+
+struct Codes {
+  int8_t* exp_avg;
+  uint8_t* exp_avg_sq;
+  float* scales;  // two a block
+};
+
+ALWAYS_INLINE float scale_of(const float* values, int64_t numel) {
+  uint32_t most = 0;
+#pragma omp simd reduction(max : most)
+  for (int64_t i = 0; i < numel; ++i) most = std::max(most, bit_cast<uint32_t>(values[i]) & ~kSign);
+  return bit_cast<float>(most);
+}
+
+ALWAYS_INLINE float fraction_of(float value, float divisor) {
+  const float fraction = std::fabs(value) / divisor;
+  return fraction <= 1.0f ? fraction : 1.0f;
+}
+
+// One block of at most kCodeBlock elements: decode, update with `loop`, encode.
+template <class Weight, class Grad, class Loop>
+ALWAYS_INLINE void adam_block(const AdamArguments<Weight, Grad>& arguments, const Codes& codes, int64_t begin,
+                              int64_t numel, Loop loop) {
+  alignas(64) float exp_avg[kCodeBlock];
+  alignas(64) float exp_avg_sq[kCodeBlock];
+  int8_t* const m_codes = codes.exp_avg + begin;
+  uint8_t* const v_codes = codes.exp_avg_sq + begin;
+  float* const scales = codes.scales + begin / kCodeBlock * 2;
+  const float m_scale = scales[0], v_scale = scales[1];
+#pragma omp simd
+  for (int64_t i = 0; i < numel; ++i) {
+    const float m = float(std::abs(int(m_codes[i]))) * float(1.0 / 127);
+    const float v = float(int(v_codes[i])) * float(1.0 / 255);
+    const float magnitude = (m * m) * m_scale;
+    exp_avg[i] = m_codes[i] < 0 ? -magnitude : magnitude;
+    exp_avg_sq[i] = ((v * v) * (v * v)) * v_scale;
+  }
+  loop({arguments.weight.from(begin), arguments.grad + begin, exp_avg, exp_avg_sq, arguments.s}, 0, numel);
+  scales[0] = scale_of(exp_avg, numel);
+  scales[1] = scale_of(exp_avg_sq, numel);
+  const float m_divisor = scales[0] == 0.0f ? 1.0f : scales[0], v_divisor = scales[1] == 0.0f ? 1.0f : scales[1];
+#pragma omp simd
+  for (int64_t i = 0; i < numel; ++i) {
+    const int m = int(std::sqrt(fraction_of(exp_avg[i], m_divisor)) * 127.0f + 0.5f);
+    const int v = int(std::sqrt(std::sqrt(fraction_of(exp_avg_sq[i], v_divisor))) * 255.0f + 0.5f);
+    m_codes[i] = int8_t(exp_avg[i] < 0.0f ? -m : m);
+    v_codes[i] = uint8_t(exp_avg_sq[i] > 0.0f ? std::max(v, 1) : v);
+  }
+}
+
+// `begin` is a multiple of kCodeBlock.
+template <class Weight, class Grad, class Loop>
+ALWAYS_INLINE void adam_blocks(const AdamArguments<Weight, Grad>& arguments, const Codes& codes, int64_t begin,
+                               int64_t end, Loop loop) {
+  for (; begin < end; begin += kCodeBlock)
+    adam_block(arguments, codes, begin, std::min(kCodeBlock, end - begin), loop);
+}
+
 // ---- sum of squares ----
 
 constexpr int64_t kLanes = 1024;
@@ -215,6 +280,11 @@ struct Baseline {
   static void adam(const AdamArguments<Weight, Grad>& arguments, int64_t begin, int64_t end) {
     adam_loop<kDecoupled>(arguments, begin, end);
   }
+  template <bool kDecoupled, class Weight, class Grad>
+  static void adam_codes(const AdamArguments<Weight, Grad>& arguments, const Codes& codes, int64_t begin,
+                         int64_t end) {
+    adam_blocks(arguments, codes, begin, end, adam<kDecoupled, Weight, Grad>);
+  }
   template <class Terms>
   static void block_sums(Terms terms, int64_t numel, double* sums, int64_t first, int64_t last) {
     block_sums_loop(terms, numel, sums, first, last);
@@ -227,6 +297,11 @@ struct Avx2 {
   static AVX2 void adam(const AdamArguments<Weight, Grad>& arguments, int64_t begin, int64_t end) {
     adam_loop_avx2<kDecoupled>(arguments, begin, end);
   }
+  template <bool kDecoupled, class Weight, class Grad>
+  static AVX2 void adam_codes(const AdamArguments<Weight, Grad>& arguments, const Codes& codes, int64_t begin,
+                         int64_t end) {
+    adam_blocks(arguments, codes, begin, end, adam<kDecoupled, Weight, Grad>);
+  }
   template <class Terms>
   static AVX2 void block_sums(Terms terms, int64_t numel, double* sums, int64_t first, int64_t last) {
     block_sums_loop(terms, numel, sums, first, last);
@@ -238,6 +313,11 @@ struct Avx512 {
   template <bool kDecoupled, class Weight, class Grad>
   static AVX512 void adam(const AdamArguments<Weight, Grad>& arguments, int64_t begin, int64_t end) {
     adam_loop<kDecoupled>(arguments, begin, end);
+  }
+  template <bool kDecoupled, class Weight, class Grad>
+  static AVX512 void adam_codes(const AdamArguments<Weight, Grad>& arguments, const Codes& codes, int64_t begin,
+                         int64_t end) {
+    adam_blocks(arguments, codes, begin, end, adam<kDecoupled, Weight, Grad>);
   }
   template <class Terms>
   static AVX512 void block_sums(Terms terms, int64_t numel, double* sums, int64_t first, int64_t last) {
@@ -259,12 +339,23 @@ void with_isa([[maybe_unused]] int isa, Visitor visit) {
 constexpr int64_t kAdamGranule = 16384;
 
 template <class Weight, class Grad>
-void run_adam(Weight weight, const void* grad, float* exp_avg, float* exp_avg_sq, const Scalars& scalars,
+void run_adam(Weight weight, const void* grad, void* exp_avg, void* exp_avg_sq, float* scales, const Scalars& scalars,
               int64_t numel, bool decoupled, int isa, int threads) {
-  const AdamArguments<Weight, Grad> arguments{weight, static_cast<const typename Grad::Storage*>(grad), exp_avg,
-                                              exp_avg_sq, scalars};
+  const auto* grad_values = static_cast<const typename Grad::Storage*>(grad);
   with_isa(isa, [&](auto set) {
     using Set = decltype(set);
+    if (scales) {
+      const AdamArguments<Weight, Grad> arguments{weight, grad_values, nullptr, nullptr, scalars};
+      const Codes codes{static_cast<int8_t*>(exp_avg), static_cast<uint8_t*>(exp_avg_sq), scales};
+      const auto range =
+          decoupled ? Set::template adam_codes<true, Weight, Grad> : Set::template adam_codes<false, Weight, Grad>;
+      static_assert(kAdamGranule % kCodeBlock == 0, "threads share no block");
+      parallel_ranges(numel, kAdamGranule, threads,
+                      [&](int64_t begin, int64_t end) { range(arguments, codes, begin, end); });
+      return;
+    }
+    const AdamArguments<Weight, Grad> arguments{weight, grad_values, static_cast<float*>(exp_avg),
+                                                static_cast<float*>(exp_avg_sq), scalars};
     const auto range = decoupled ? Set::template adam<true, Weight, Grad> : Set::template adam<false, Weight, Grad>;
     parallel_ranges(numel, kAdamGranule, threads, [&](int64_t begin, int64_t end) { range(arguments, begin, end); });
   });
@@ -296,18 +387,18 @@ enum Form : int { kFloat32 = 0, kSplit = 1, kMasterBFloat16 = 2, kMasterFloat16 
 extern "C" {
 
 // Raised with every change of a function that native.py calls, so that a stale build is refused instead of crashing.
-int megalith_cpu_abi() { return 3; }
+int megalith_cpu_abi() { return 4; }
 
 int megalith_cpu_isa() { return best_isa(); }
 
-// `remainder` is used only by kSplit, `master` only by the two master forms.
-void megalith_cpu_adam(int form, int grad_dtype, void* weight, const void* grad, float* exp_avg, float* exp_avg_sq,
-                       int16_t* remainder, float* master, int64_t numel, const Scalars* scalars, int decoupled, int isa,
-                       int threads) {
+// `remainder` is used only by kSplit, `master` only by the two master forms. With `scales` the moments are codes.
+void megalith_cpu_adam(int form, int grad_dtype, void* weight, const void* grad, void* exp_avg, void* exp_avg_sq,
+                       int16_t* remainder, float* master, float* scales, int64_t numel, const Scalars* scalars,
+                       int decoupled, int isa, int threads) {
   const auto run = [&](auto placed) {
     with_format(grad_dtype, [&](auto format) {
-      run_adam<decltype(placed), decltype(format)>(placed, grad, exp_avg, exp_avg_sq, *scalars, numel, decoupled != 0,
-                                                   isa, threads);
+      run_adam<decltype(placed), decltype(format)>(placed, grad, exp_avg, exp_avg_sq, scales, *scalars, numel,
+                                                   decoupled != 0, isa, threads);
     });
   };
   switch (form) {

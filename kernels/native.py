@@ -15,7 +15,7 @@ from torch import Tensor
 from .adam_step import AdamScalars, AdamTensors
 from .gptq_weight import GptqWeight
 
-ABI = 3  # megalith_cpu_abi in cpu_adam.cpp
+ABI = 4  # megalith_cpu_abi in cpu_adam.cpp
 ISAS = ("baseline", "avx2", "avx512")  # in the order of Isa there
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of Dtype there
 _FLOAT32, _SPLIT, _MASTER = 0, 1, {torch.bfloat16: 2, torch.float16: 3}  # Form there
@@ -44,7 +44,7 @@ def library() -> ctypes.CDLL | None:
         raise ImportError(f"{path} has ABI {loaded.megalith_cpu_abi()}, but {ABI} is needed: build megalith again")
     pointer, int64, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     loaded.megalith_cpu_adam.argtypes = (
-        [integer] * 2 + [pointer] * 6 + [int64, ctypes.POINTER(_Scalars)] + [integer] * 3
+        [integer] * 2 + [pointer] * 7 + [int64, ctypes.POINTER(_Scalars)] + [integer] * 3
     )
     gptq = [integer, pointer, pointer, integer, pointer]
     loaded.megalith_cpu_gptq_dequantize.argtypes = (

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .adam_step import AdamHyper, AdamTensors
+from .moment_codes import CODE_DTYPES, decode_moment, encode_moment
 from .split_master import join_master, split_master
 
 # Lane j of a block adds elements j, j + SUM_LANES, j + 2 * SUM_LANES, ... of it.
@@ -18,8 +19,14 @@ SUM_BLOCK_NUMEL = 16 * SUM_LANES
 @torch.no_grad()
 def adam_reference_(tensors: AdamTensors, hyper: AdamHyper, factor: Tensor, found_inf: Tensor) -> None:
     """`fused_adam_` (see there) in torch operations, on any device. It waits for `found_inf`, and checks nothing."""
-    weight, grad, exp_avg, exp_avg_sq, remainder, master = tensors
+    weight, grad, exp_avg, exp_avg_sq, remainder, master, scales = tensors
     if found_inf.item() != 0:
+        return
+    if scales is not None:
+        decoded = {name: decode_moment(getattr(tensors, name), name, scales) for name in CODE_DTYPES}
+        adam_reference_(tensors._replace(**decoded, scales=None), hyper, factor, found_inf)
+        for name, values in decoded.items():
+            encode_moment(values, name, getattr(tensors, name), scales)
         return
     if remainder is not None:
         joined = join_master(weight, remainder)

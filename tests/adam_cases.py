@@ -1,7 +1,7 @@
 """Tensors of every form of the fused Adam, and comparison by bits, for the tests of its implementations."""
 
 import torch
-from megalith.kernels import AdamHyper, split_master
+from megalith.kernels import AdamHyper, encode_moment, scales_numel, split_master
 from megalith.kernels.adam_step import AdamTensors
 
 FORMS = ("float32", "split", "master_bfloat16", "master_float16")
@@ -11,7 +11,7 @@ ADAMW = AdamHyper(lr=3e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, de
 ADAM = AdamHyper(lr=1e-3, beta1=0.8, beta2=0.999, eps=1e-6, weight_decay=0.01, decoupled=False, step=1)
 HYPERS = {"adamw": ADAMW, "adam": ADAM}
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def make_tensors(form: str, grad_dtype: torch.dtype, numel: int, *, seed: int = 0, offset: int = 0) -> AdamTensors:
@@ -35,6 +35,16 @@ def make_special_tensors(form: str, grad_dtype: torch.dtype) -> AdamTensors:
     index = grid.unbind(1)
     master, grad, exp_avg, exp_avg_sq = values[index[0]], values[index[1]], moments[index[2]], moments[index[3]]
     return _place(form, master, grad.to(grad_dtype), exp_avg, exp_avg_sq, offset=0)
+
+
+def with_codes(tensors: AdamTensors) -> AdamTensors:
+    """The same with 8-bit moments."""
+    numel = tensors.weight.numel()
+    scales = torch.zeros(scales_numel(numel))
+    codes = {"exp_avg": torch.zeros(numel, dtype=torch.int8), "exp_avg_sq": torch.zeros(numel, dtype=torch.uint8)}
+    for moment, values in codes.items():
+        encode_moment(getattr(tensors, moment), moment, values, scales)
+    return tensors._replace(**codes, scales=scales)
 
 
 def copy_of(tensors: AdamTensors) -> AdamTensors:

@@ -9,7 +9,7 @@ assert os.environ["TRITON_INTERPRET"] == "1"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from adam_cases import ADAMW, DTYPES, FORMS, HYPERS, copy_of, differing, make_special_tensors, make_tensors  # noqa: E402
+from adam_cases import ADAMW, DTYPES, FORMS, HYPERS, copy_of, differing, make_special_tensors, make_tensors, with_codes  # noqa: E402
 from megalith.kernels.adam_triton import triton_adam_  # noqa: E402
 from megalith.kernels.reference import (  # noqa: E402
     SUM_BLOCK_NUMEL,
@@ -56,6 +56,26 @@ def test_unaligned_views_are_updated_and_their_neighbours_are_not(form):
     for tensor in tensors:
         if tensor is not None:
             assert not tensor._base[:3].any() and not tensor._base[-3:].any()
+
+
+@pytest.mark.parametrize("kind", HYPERS)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_step_with_codes_has_the_bits_of_the_oracle(form, kind):
+    for numel in (1, 257, 4097):
+        tensors = with_codes(make_tensors(form, torch.bfloat16, numel))
+        expected = copy_of(tensors)
+        triton_adam_(tensors, HYPERS[kind], torch.tensor([0.37]), ZERO)
+        adam_reference_(expected, HYPERS[kind], torch.tensor([0.37]), ZERO)
+        assert differing(tensors, expected) == [], numel
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities and NaN
+def test_special_values_with_codes_have_the_bits_of_the_oracle():
+    tensors = with_codes(make_special_tensors("float32", torch.float32))
+    expected = copy_of(tensors)
+    triton_adam_(tensors, ADAMW, ONE, ZERO)
+    adam_reference_(expected, ADAMW, ONE, ZERO)
+    assert differing(tensors, expected) == []
 
 
 @pytest.mark.parametrize("flag", [1.0, float("inf"), float("nan")])

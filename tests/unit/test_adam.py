@@ -27,7 +27,7 @@ needs_library = pytest.mark.skipif(native.best_isa() == "torch", reason="the com
 
 
 def public(tensors, hyper, factor, found_inf):
-    weight, grad, exp_avg, exp_avg_sq, remainder, master = tensors
+    weight, grad, exp_avg, exp_avg_sq, remainder, master, scales = tensors
     fused_adam_(
         weight,
         grad,
@@ -38,6 +38,7 @@ def public(tensors, hyper, factor, found_inf):
         found_inf=found_inf,
         remainder=remainder,
         master=master,
+        scales=scales,
     )
 
 

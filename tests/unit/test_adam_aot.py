@@ -7,6 +7,7 @@ from adam_cases import FORMS
 from megalith.kernels import adam_triton, sum_of_squares_triton
 from megalith.kernels.adam_step import AdamScalars
 from megalith.kernels.aot import ARCHITECTURES, compile_ahead
+from megalith.kernels.moment_codes import CODE_BLOCK_NUMEL
 from megalith.kernels.reference import SUM_BLOCK_NUMEL, SUM_LANES
 
 
@@ -25,14 +26,19 @@ def compile_adam(arch: int, form: str, grad: str, decoupled: bool):
         "numel": "i64",
         **dict.fromkeys(AdamScalars._fields, "fp32"),
     }
-    absent = {"remainder_ptr": None, "master_ptr": None}
+    absent = {"remainder_ptr": None, "master_ptr": None, "scales_ptr": None}
     if form == "split":
         types["remainder_ptr"] = "*i16"
         del absent["remainder_ptr"]
     elif form.startswith("master"):
         types["master_ptr"] = "*fp32"
         del absent["master_ptr"]
-    constants = {**absent, "DECOUPLED": decoupled, "BLOCK_NUMEL": adam_triton.BLOCK_NUMEL}
+    constants = {
+        **absent,
+        "DECOUPLED": decoupled,
+        "BLOCK_NUMEL": adam_triton.BLOCK_NUMEL,
+        "CODE_BLOCK": CODE_BLOCK_NUMEL,
+    }
     return compile_ahead(adam_triton.adam_kernel, arch, types, constants, **adam_triton.LAUNCH_OPTIONS)
 
 
