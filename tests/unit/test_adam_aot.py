@@ -17,7 +17,7 @@ def fresh_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def compile_adam(arch: int, form: str, grad: str, decoupled: bool):
+def compile_adam(arch: int, form: str, grad: str, decoupled: bool, codes: bool = False):
     weight = {"float32": "*fp32", "split": "*i16", "master_bfloat16": "*i16", "master_float16": "*fp16"}[form]
     types = {
         "weight_ptr": weight,
@@ -33,6 +33,9 @@ def compile_adam(arch: int, form: str, grad: str, decoupled: bool):
     elif form.startswith("master"):
         types["master_ptr"] = "*fp32"
         del absent["master_ptr"]
+    if codes:
+        types |= {"exp_avg_ptr": "*i8", "exp_avg_sq_ptr": "*u8", "scales_ptr": "*fp32"}
+        del absent["scales_ptr"]
     constants = {
         **absent,
         "DECOUPLED": decoupled,
@@ -64,6 +67,19 @@ def test_adam_rounds_every_operation_once_and_moves_16_bytes_at_a_time(arch, for
     stores = [op for op in opcodes if op.startswith("st.global")]
     assert sorted(set(loads)) == ["ld.global.b32", "ld.global.v4.b32"] and loads.count("ld.global.b32") == 2
     assert set(stores) == {"st.global.v4.b32"}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_adam_with_codes_rounds_every_operation_once(arch):
+    opcodes = instructions(compile_adam(arch, "split", "*bf16", decoupled=True, codes=True).asm["ptx"])
+    arithmetic = [op for op in opcodes if re.match(r"(add|sub|mul|div|sqrt|fma|mad|rcp|rsqrt)\..*f(16|32)", op)]
+    assert {op.removesuffix("x2") for op in arithmetic} == {
+        "add.rn.f32",
+        "sub.rn.f32",
+        "mul.rn.f32",
+        "div.rn.f32",
+        "sqrt.rn.f32",
+    }
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
