@@ -6,8 +6,9 @@
 
 The entries take turns, round after round, in one run, and a ratio is always that of two readings of one round. GB/s
 counts the bytes that the update has to move: of a split master 26 a parameter (weight, remainder and both moments read
-and written, a bfloat16 gradient read), of a float32 weight 28. What an entry moves besides, casts and temporaries, is
-its own loss. `scale in place` is the floor: what the memory gives to the simplest pass that reads and writes.
+and written, a bfloat16 gradient read), 14 with 8-bit moments, of a float32 weight 28. What an entry moves besides,
+casts and temporaries, is its own loss. `scale in place` is the floor: what the memory gives to the simplest pass
+that reads and writes.
 """
 
 import argparse
@@ -21,7 +22,16 @@ from pathlib import Path
 
 import torch
 
-from ..kernels import AdamHyper, fused_adam_, native, split_master, sum_of_squares
+from ..kernels import (
+    CODE_BLOCK_NUMEL,
+    CODE_DTYPES,
+    AdamHyper,
+    fused_adam_,
+    native,
+    scales_numel,
+    split_master,
+    sum_of_squares,
+)
 from ..kernels.adam_step import AdamTensors
 from ..kernels.cpu_adam import blocked_adam_
 from ..kernels.reference import adam_reference_
@@ -31,6 +41,7 @@ from .step import DEEPSPEED_VARIABLE
 DEEPSPEED_WORKER = Path(__file__).with_name("adam_deepspeed.py")
 HYPER = AdamHyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, decoupled=True, step=3)
 SPLIT_BYTES, FLOAT32_BYTES = 26, 28
+CODES_BYTES = 14 + 16 / CODE_BLOCK_NUMEL  # of a split master with 8-bit moments, whose scales are read and written
 CUDA_CALLS = 20  # timed together, since one call is as short as its launch
 # No power of two: tensors that lie 2 ** 27 bytes and a page apart, as malloc places 2 ** 25 float32, halve the speed of
 # every entry, because the same element of each competes for one place in the caches and one bank of the memory.
@@ -87,6 +98,13 @@ def adam_entries(args: argparse.Namespace) -> list[Entry]:
 
     high, low = split_master(master)
     split = AdamTensors(high, grad, *moments(), remainder=low)
+    codes = AdamTensors(
+        high.clone(),
+        grad,
+        *(torch.zeros_like(grad, dtype=dtype) for dtype in CODE_DTYPES.values()),
+        remainder=low.clone(),
+        scales=torch.zeros(scales_numel(args.numel), device=args.device),
+    )
     whole = AdamTensors(master.clone(), grad.float(), *moments())
     fused = (master.clone(), grad.float(), *moments(), torch.full((), 3.0, device=args.device))
     parameter = torch.nn.Parameter(master)
@@ -119,6 +137,7 @@ def adam_entries(args: argparse.Namespace) -> list[Entry]:
             factor=factor,
             found_inf=found_inf,
             remainder=tensors.remainder,
+            scales=tensors.scales,
         )
 
     def entry(name, bytes_per_element, update, note):
@@ -126,6 +145,7 @@ def adam_entries(args: argparse.Namespace) -> list[Entry]:
 
     return [
         entry("megalith split bf16", SPLIT_BYTES, megalith(split), "unscale and clip included"),
+        entry("megalith split bf16, 8-bit moments", CODES_BYTES, megalith(codes), "unscale and clip included"),
         entry("megalith fp32", FLOAT32_BYTES, megalith(whole), "unscale and clip included"),
         entry("torch fused fp32", FLOAT32_BYTES, torch_fused, "torch._fused_adamw_, no unscale, no clip"),
         entry("torch foreach fp32", FLOAT32_BYTES, foreach.step, "torch.optim.AdamW(foreach=True)"),

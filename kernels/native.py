@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .adam_step import AdamScalars, AdamTensors
 from .gptq_weight import GptqWeight
+from .moment_codes import CODE_BLOCK_NUMEL
 
 ABI = 4  # megalith_cpu_abi in cpu_adam.cpp
 ISAS = ("baseline", "avx2", "avx512")  # in the order of Isa there
@@ -71,10 +72,14 @@ def adam_(tensors: AdamTensors, scalars: AdamScalars, *, decoupled: bool, factor
         form = _FLOAT32
     call = library().megalith_cpu_adam
     after = (ctypes.byref(_Scalars(*scalars, factor)), decoupled, _isa_number(isa), torch.get_num_threads())
-    starts = [(0, 0) if t is None else (t.data_ptr(), t.element_size()) for t in tensors._replace(grad=None)]
+    # With the bytes that a block of codes takes: each has two scales.
+    starts = [
+        (0, 0) if t is None else (t.data_ptr(), 8 if t is tensors.scales else t.element_size() * CODE_BLOCK_NUMEL)
+        for t in tensors._replace(grad=None)
+    ]
     done_numel = 0
     for grad in tensors.grads:
-        places = [address + done_numel * size or None for address, size in starts]
+        places = [address + done_numel * size // CODE_BLOCK_NUMEL or None for address, size in starts]
         places[1] = grad.data_ptr()
         call(form, _DTYPES.index(grad.dtype), *places, grad.numel(), *after)
         done_numel += grad.numel()

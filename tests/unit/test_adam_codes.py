@@ -50,6 +50,17 @@ def test_cutting_at_blocks_changes_no_bit():
     assert differing(cut, whole) == []
 
 
+@pytest.mark.parametrize("step", IMPLEMENTATIONS)
+def test_a_gradient_in_several_tensors_changes_no_bit(step):
+    whole, cut = (with_codes(make_tensors("split", torch.bfloat16, 70_000)) for _ in range(2))
+    step(whole, ADAMW, ONE, ZERO)
+    grads = tuple(part.clone() for part in cut.grad.split([256, 40_960, 28_784]))
+    step(cut._replace(grad=grads), ADAMW, ONE, ZERO)
+    assert differing(cut, whole) == []
+    with pytest.raises(ValueError, match="grad is cut within a block of 256"):
+        public(cut._replace(grad=tuple(cut.grad.split([255, 69_745]))), ADAMW, ONE, ZERO)
+
+
 def test_found_inf_leaves_every_tensor_as_it_was():
     tensors = with_codes(make_tensors("split", torch.float16, 4097))
     before = copy_of(tensors)
