@@ -118,7 +118,7 @@ def test_a_quantised_head(tmp_path, family):
     model.config.tie_word_embeddings = family == "llama_tied"
     loaded = load_quantized(write_folder(tmp_path, model, tensors, declared(lm_head=True)))
     assert_same(loaded, model)
-    assert not hasattr(loaded.lm_head, "weight")
+    assert not hasattr(loaded.lm_head, "weight") and not loaded.config.tie_word_embeddings
 
 
 def test_bf16_files_and_dtypes(tmp_path):
@@ -137,6 +137,7 @@ def test_bf16_files_and_dtypes(tmp_path):
     assert_same(half, model, tolerance=3e-2)
     scales = half.model.layers[0].mlp.down_proj.scales
     half.to(torch.float32)
+    assert half.model.layers[0].mlp.down_proj.scales.dtype == torch.float16
     assert torch.equal(half.model.layers[0].mlp.down_proj.scales, scales)
     assert_same(half, model, tolerance=1e-5)
 
