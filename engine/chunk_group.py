@@ -44,6 +44,13 @@ class ChunkGroup:
         """The `gathered` contexts that they were promised to."""
 
     @property
+    def stays(self) -> bool:
+        """Weights, state and gradients are all where they are used: with one rank, on the device."""
+        placements = [chunk.placement for chunk in self.chunks]
+        state_on_device = all(placement.optimizer_tier is Tier.DEVICE for placement in placements)
+        return not self._group.is_distributed and not self.is_sharded and state_on_device
+
+    @property
     def is_sharded(self) -> bool:
         """Whether resharding frees anything."""
         return any(chunk.placement.sharded for chunk in self.chunks)

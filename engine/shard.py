@@ -457,6 +457,8 @@ def _register_hooks(
     hooks: dict[str, UnitHooks] = {}  # of the units that lie in no other
     for unit in parts.units:
         needed = sorted({home[fqn] for fqn in unit.fqns}, key=lambda group: group.index)
+        if all(group.stays for group in needed):
+            continue  # nothing would happen around it
         unit_hooks = UnitHooks(unit, needed, hooks.get(unit.block), schedule)
         unit_hooks.register()
         schedule.units.append(unit_hooks)

@@ -17,6 +17,8 @@ class Tier(Enum):
     HOST = "host"
     NVME = "nvme"
 
+    __hash__ = object.__hash__  # Enum's is written in Python, and the ledger looks members up with every gradient
+
 
 class Payload(Enum):
     """What a chunk has one of per kind."""
@@ -33,6 +35,8 @@ class Payload(Enum):
     EXP_AVG_SQ = "exp_avg_sq"
     STAGING = "staging"
     """Host buffers that what is on a drive goes through."""
+
+    __hash__ = object.__hash__
 
 
 class OutOfBudgetError(MemoryError):
