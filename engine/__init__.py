@@ -3,6 +3,7 @@
 from .average import WeightAverage
 from .checkpoint import CheckpointError
 from .config import EngineConfig, Precision
+from .manager import Manager
 from .nvme import NvmeError
 from .optimizer import ZeroOptimizer
 from .persistence import load_checkpoint, save_checkpoint, save_pretrained, whole_weights
@@ -13,6 +14,7 @@ from .tiers import OutOfBudgetError
 __all__ = [
     "CheckpointError",
     "EngineConfig",
+    "Manager",
     "NvmeError",
     "OutOfBudgetError",
     "Plan",

@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from .config import EngineConfig, Precision
@@ -28,6 +28,8 @@ class Machine:
     """Bytes to assume where `device_budget` is None and placement="auto"."""
     host_room: int
     """Bytes to assume where `host_budget` is None."""
+    working_bytes: int = 0
+    """What another engine with the same budget needs on the device while it computes."""
 
 
 def plan_storage(layout: Layout, config: EngineConfig, rank: int, world_size: int, machine: Machine) -> StoragePlan:
@@ -41,7 +43,7 @@ def plan_storage(layout: Layout, config: EngineConfig, rank: int, world_size: in
         return assemble(*fixed_tiers(layout.chunks, config))
     device_room = machine.device_room if config.device_budget is None else config.device_budget
     host_room = machine.host_room if config.host_budget is None else config.host_budget
-    return choose_tiers(layout, config, assemble, device_room, host_room)
+    return choose_tiers(layout, config, assemble, device_room, host_room, machine.working_bytes)
 
 
 def choose_tiers(
@@ -50,6 +52,7 @@ def choose_tiers(
     assemble: Callable[[list[Tier], list[Tier]], StoragePlan],
     device_room: int,
     host_room: int,
+    working_bytes: int,
 ) -> StoragePlan:
     """placement="auto". What moves most bytes a step for its size gets the fastest memory that has room.
 
@@ -71,7 +74,7 @@ def choose_tiers(
         rest_on_host = (
             0 if config.nvme_dir is not None else count - on_device
         )  # the drive costs more room for gradients
-        return device_peak(tiers(on_device, rest_on_host, rest_on_host), config)
+        return device_peak(tiers(on_device, rest_on_host, rest_on_host), config, working_bytes)
 
     if device_need(0) > device_room:
         raise OutOfBudgetError(
@@ -149,11 +152,12 @@ MAX_IN_FLIGHT = 2
 """Reductions of gradients whose buffers are held; one more and the backward pass waits for the oldest."""
 
 
-def device_peak(plan: StoragePlan, config: EngineConfig) -> int:
+def device_peak(plan: StoragePlan, config: EngineConfig, working_bytes: int) -> int:
     """The most that is stored on the device at once when weights are freed as soon as may be. Gradients are counted as
     float32 sums of micro-batches."""
     window = gathered_window(plan.layout, plan.placements, config)
-    return plan.tier_bytes(Tier.DEVICE) + window + gradient_peak(plan.layout, plan.placements, config, 2)
+    working = window + gradient_peak(plan.layout, plan.placements, config, 2)
+    return plan.tier_bytes(Tier.DEVICE) + max(working, working_bytes)
 
 
 def gathered_window(layout: Layout, placements: list[ChunkPlacement], config: EngineConfig) -> int:
@@ -199,14 +203,14 @@ def gradient_peak(
     return owned + max(landing, default=0) + in_flight
 
 
-def choose_evictions(candidates: Sequence[tuple[int, int, int | None]], needed_bytes: int) -> list[int]:
+def choose_evictions(candidates: Sequence[tuple[Hashable, int, int | None]], needed_bytes: int) -> list[Hashable]:
     """Which of `candidates` (key, bytes, how many uses from now its next one is; None if none is foreseen) to evict so
     that `needed_bytes` are freed; all where that is not enough.
 
     What is used farthest in the future goes first (Belady 1966), and stays after all where the others free enough: of
     what would be read back sooner, the fewest bytes."""
     farthest = sorted(candidates, key=lambda each: math.inf if each[2] is None else each[2], reverse=True)
-    chosen: list[tuple[int, int]] = []
+    chosen: list[tuple[Hashable, int]] = []
     freed = 0
     for key, nbytes, _ in farthest:
         if freed >= needed_bytes:

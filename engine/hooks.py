@@ -30,8 +30,8 @@ from .chunk_group import ChunkGroup
 from .config import EngineConfig
 from .gradients import ChunkGradient, GradientTraffic
 from .layout import Slot
+from .manager import Manager
 from .tiers import Ledger, Payload, Tier
-from .trace import AccessTrace
 
 
 class Schedule:
@@ -44,9 +44,14 @@ class Schedule:
         ledger: Ledger,
         traffic: GradientTraffic,
         gradient_peak_bytes: int,
+        window_bytes: int,
+        manager: Manager,
     ) -> None:
         self.groups = groups
-        self.trace = AccessTrace()
+        self._manager = manager
+        self._number = manager.join(self, window_bytes + gradient_peak_bytes)
+        budget = manager.budgets[Tier.DEVICE]
+        self._device_budget = config.device_budget if budget is None else budget
         self.order_hash = 0
         """Of the transfers issued since the last step. Equal on all ranks, or they ran different programs."""
         self.micro_steps = 0
@@ -81,25 +86,28 @@ class Schedule:
         if all(group.is_held for group in needed):
             return  # and leave no trace: a rank may run what it likes then, without the others
         for group in needed:
-            self.trace.visit((phase, group.index))
-        wanted = needed + self._predicted()
-        self._make_room(wanted)
-        for group in wanted:
+            self._manager.trace.visit((phase, self._number, group.index))
+        predicted = self._predicted()
+        self._make_room(needed + [group for _, group in predicted])
+        for group in needed:
             self._unshard(group)
+        for schedule, group in predicted:
+            schedule._unshard(group)
         for group in needed:
             group.wait()
 
     def prefetch(self) -> None:
-        for group in self._predicted():
-            self._unshard(group)
+        for schedule, group in self._predicted():
+            schedule._unshard(group)
 
-    def _predicted(self) -> list[ChunkGroup]:
-        """The next groups that must be gathered."""
-        result: list[ChunkGroup] = []
-        for _, index in self.trace.upcoming(2 * self._config.prefetch):
-            group = self.groups[index]
-            if group not in result and len(result) < self._config.prefetch:
-                result.append(group)
+    def _predicted(self) -> list[tuple["Schedule", ChunkGroup]]:
+        """The next groups that must be gathered, of this engine or of one with the same manager."""
+        known = self._manager.groups()
+        result: list[tuple[Schedule, ChunkGroup]] = []
+        for _, *key in self._manager.trace.upcoming(2 * self._config.prefetch):
+            entry = known.get(tuple(key))
+            if entry is not None and entry not in result and len(result) < self._config.prefetch:
+                result.append(entry)
         return result
 
     def _unshard(self, group: ChunkGroup) -> None:
@@ -111,18 +119,23 @@ class Schedule:
     def _make_room(self, wanted: list[ChunkGroup]) -> None:
         """Reshard what is not wanted: all of it, or with a budget, what is used farthest in the future until the rest
         fits."""
-        idle = [g for g in self.groups if g.is_sharded and g.is_whole and g.is_idle and g not in wanted]
-        evicted = [group.index for group in idle]
-        if self._config.device_budget is not None:
-            stored = self._ledger.tier_bytes(Tier.DEVICE) - self._ledger.bytes(Tier.DEVICE, Payload.GRADIENT)
-            needed = stored + self._gradient_peak_bytes - self._config.device_budget
+        idle = {
+            key: group
+            for key, (_, group) in self._manager.groups().items()
+            if group.is_sharded and group.is_whole and group.is_idle and group not in wanted
+        }
+        evicted = list(idle)
+        if self._device_budget is not None:
+            of_all = self._manager.ledger
+            stored = of_all.tier_bytes(Tier.DEVICE) - self._ledger.bytes(Tier.DEVICE, Payload.GRADIENT)
+            needed = stored + self._gradient_peak_bytes - self._device_budget
             needed += sum(group.gathered_bytes for group in wanted if not group.is_whole)
-            future = [index for _, index in self.trace.upcoming(3 * len(self.groups))]
-            uses = {g.index: future.index(g.index) if g.index in future else None for g in idle}
-            evicted = choose_evictions([(g.index, g.gathered_bytes, uses[g.index]) for g in idle], needed)
-        for group in idle:
-            if group.index in evicted:
-                group.reshard()
+            future = [tuple(key) for _, *key in self._manager.trace.upcoming(3 * len(self.groups))]
+            uses = {key: future.index(key) if key in future else None for key in idle}
+            evicted = choose_evictions([(key, group.gathered_bytes, uses[key]) for key, group in idle.items()], needed)
+        for key in idle:
+            if key in evicted:
+                idle[key].reshard()
 
     def reshard_all(self) -> None:
         """Before weights change."""

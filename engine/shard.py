@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .blocks import ModelParts, find_parts
-from .budgets import Machine, check_budgets, gradient_peak, plan_storage
+from .budgets import Machine, check_budgets, gathered_window, gradient_peak, plan_storage
 from .chunk import Chunk
 from .chunk_group import ChunkGroup
 from .collectives import RankGroup, make_rank_group
@@ -24,6 +24,7 @@ from .hooks import Schedule, UnitHooks, tensors_in
 from .lanes import InlineLane, Lane, make_lane
 from .layout import Layout, ParamSpec, pack
 from .machine import read_machine
+from .manager import Manager
 from .materialize import initialize_parameters, rebuild_buffers
 from .nvme import NvmeStore
 from .optimizer import ZeroOptimizer, read_adam_groups
@@ -82,6 +83,7 @@ def initialize(
     process_group: dist.ProcessGroup | None = None,
     device: torch.device | str | None = None,
     lane_delay: Callable[[], float] | None = None,
+    manager: Manager | None = None,
     **options: Any,
 ) -> tuple[nn.Module, ZeroOptimizer | None]:
     """Store `model` in chunks, shard them over the ranks and place them on tiers.
@@ -102,6 +104,7 @@ def initialize(
         process_group: the ranks that share the model; by default all.
         device: where to compute; by default the current CUDA device, or the CPU where there is none.
         lane_delay: for tests on a CPU: seconds to sleep before each piece of work on a lane.
+        manager: shares its budgets with the other engines that it is given to.
         options: the fields of `EngineConfig`.
 
     A model on meta without `pretrained` is initialised by its own rules, the same at every world size. Otherwise the
@@ -114,6 +117,8 @@ def initialize(
     timeout_s = options.get("timeout_s", EngineConfig.timeout_s)
     rank_group = make_rank_group(process_group, device, timeout_s if isinstance(timeout_s, int | float) else 60)
     machine = read_machine(device, rank_group)
+    manager = manager or Manager()
+    machine = replace(machine, working_bytes=manager.working_bytes)
     prepared, error = None, None
 
     def open_folder() -> PretrainedFolder | None:
@@ -123,7 +128,7 @@ def initialize(
         return PretrainedFolder(path, model, allow_missing=allow_missing, stored_name=stored_name)
 
     try:
-        prepared = _prepare(model, optimizer, open_folder, options, rank_group, machine)
+        prepared = _prepare(model, optimizer, open_folder, options, rank_group, machine, manager)
     except Exception as caught:
         error = caught
     rank_group.barrier(error)
@@ -132,7 +137,7 @@ def initialize(
     _check_same_model(model, folder, layout, config, rank_group)
     store = _open_store(storage_plan, config, rank_group, lane_delay)
 
-    ledger = Ledger()
+    ledger = Ledger(manager.ledger)
     storage = Storage(device, ledger, store)
     storage.reserve_host(storage_plan.slab_bytes)
     if storage_plan.uses_disk:
@@ -164,7 +169,9 @@ def initialize(
         )
     loader.load_buffers()
 
-    schedule = Schedule(groups, config, ledger, traffic, gradient_peak(layout, placements, config, 2))
+    gradient_peak_bytes = gradient_peak(layout, placements, config, 2)
+    window_bytes = gathered_window(layout, placements, config)
+    schedule = Schedule(groups, config, ledger, traffic, gradient_peak_bytes, window_bytes, manager)
     _register_hooks(model, parts, groups, schedule, config)
     zero_optimizer = None
     if optimizer is not None:
@@ -175,7 +182,7 @@ def initialize(
     engine = Engine(model, zero_optimizer, config, layout, groups, schedule, rank_group, ledger)
     for module in model.modules():
         module.__dict__[_ENGINE_ATTRIBUTE] = engine
-    weakref.finalize(model, _close, lanes, store)
+    weakref.finalize(model, _close, lanes, store, ledger)
     return model, zero_optimizer
 
 
@@ -208,9 +215,10 @@ def _prepare(
     options: dict[str, Any],
     rank_group: RankGroup,
     machine: Machine,
+    manager: Manager,
 ) -> tuple[EngineConfig, PretrainedFolder | None, ModelParts, StoragePlan]:
     """All that can be wrong without anything having been allocated."""
-    config = EngineConfig.from_keywords(**options)
+    config = _within(manager, EngineConfig.from_keywords(**options))
     for name, module in model.named_modules():
         if _ENGINE_ATTRIBUTE in module.__dict__:
             raise ValueError(
@@ -313,6 +321,17 @@ def _check_same_model(
         different = [what for what, value in digest.items() if value != digests[0][what]]
         if different:
             raise ValueError(f"rank {rank} and rank 0 called initialize() with different {' and '.join(different)}")
+
+
+def _within(manager: Manager, config: EngineConfig) -> EngineConfig:
+    """With the budgets that the manager's other engines have left. Raises ValueError where the engine has its own."""
+    for field, tier in (("device_budget", Tier.DEVICE), ("host_budget", Tier.HOST)):
+        left = manager.left(tier)
+        if left is not None and getattr(config, field) is not None:
+            raise ValueError(f"{field}={getattr(config, field)!r}: the manager has one: leave it out here")
+        if left is not None:
+            config = replace(config, **{field: left})
+    return config
 
 
 def _open_store(
@@ -521,8 +540,9 @@ def _cast_floats(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def _close(lanes: Lanes, store: NvmeStore | None) -> None:
+def _close(lanes: Lanes, store: NvmeStore | None, ledger: Ledger) -> None:
     for lane in (lanes.copies, lanes.updates, lanes.transfers):
         lane.close()
     if store is not None:
         store.close()
+    ledger.clear()

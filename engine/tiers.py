@@ -47,7 +47,9 @@ class Ledger:
     """Bytes stored by tier and payload, now and at most. Counts what the engine allocates, to the byte. Lanes enter
     what they free."""
 
-    def __init__(self) -> None:
+    def __init__(self, of_all: "Ledger | None" = None) -> None:
+        """`of_all`: one in which everything is entered too."""
+        self._of_all = of_all
         self._lock = threading.Lock()
         self._now: Counter[tuple[Tier, Payload]] = Counter()
         self._peak: Counter[tuple[Tier, Payload]] = Counter()
@@ -65,6 +67,13 @@ class Ledger:
             if nbytes > 0:
                 self._peak[key] = max(self._peak[key], now)
                 self._tier_peak[tier] = max(self._tier_peak[tier], tier_now)
+        if self._of_all is not None:
+            self._of_all.add(tier, payload, nbytes)
+
+    def clear(self) -> None:
+        """All is freed: the engine is gone."""
+        for (tier, payload), nbytes in list(self._now.items()):
+            self.add(tier, payload, -nbytes)
 
     def bytes(self, tier: Tier, payload: Payload) -> int:
         return self._now[tier, payload]
