@@ -1,15 +1,17 @@
 """What the engines of one process share when they are given one manager: budgets, a ledger of all, and one trace."""
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from .config import parse_bytes
 from .tiers import Ledger, Payload, Tier
 from .trace import AccessTrace
 
-if TYPE_CHECKING:
-    from .chunk_group import ChunkGroup
-    from .hooks import Schedule
+
+class Owner(Protocol):
+    """An engine's schedule."""
+
+    groups: list[Any]
 
 
 class Manager:
@@ -30,9 +32,9 @@ class Manager:
         self.trace = AccessTrace()
         self.working_bytes = 0
         """The most that one of the engines needs on the device while it computes, beside what is at rest there."""
-        self._schedules: list[weakref.ref[Schedule]] = []
+        self._schedules: list[weakref.ref[Owner]] = []
 
-    def join(self, schedule: "Schedule", working_bytes: int) -> int:
+    def join(self, schedule: Owner, working_bytes: int) -> int:
         """The number under which its groups are known here."""
         self.working_bytes = max(self.working_bytes, working_bytes)
         self._schedules.append(weakref.ref(schedule))
@@ -46,7 +48,7 @@ class Manager:
             passing += self.ledger.bytes(tier, Payload.GRADIENT)
         return None if budget is None else max(budget - self.ledger.tier_bytes(tier) + passing, 1)
 
-    def groups(self) -> "dict[tuple[int, int], tuple[Schedule, ChunkGroup]]":
-        """Of all engines that are left, by (the engine's number, index)."""
+    def groups(self) -> dict[tuple[int, int], tuple[Owner, Any]]:
+        """(schedule, group) of all engines that are left, by (the engine's number, the group's index)."""
         alive = [(number, schedule) for number, ref in enumerate(self._schedules) if (schedule := ref()) is not None]
         return {(number, group.index): (schedule, group) for number, schedule in alive for group in schedule.groups}
