@@ -204,6 +204,7 @@ def test_a_model_with_state_on_the_host_and_weights_on_the_device_waits_too():
     expected, reference = initialized(Blocks, adamw)
     for each in ((model, optimizer), (expected, reference)):
         fit(*each, square, 1)
+    engine_of(model).chunks[-1].settle()
     gate.opened.clear()
     for each in ((model, optimizer), (expected, reference)):
         fit(*each, square, [1]) if each[0] is expected else (square(model, 1).backward(), optimizer.step())
