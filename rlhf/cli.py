@@ -13,6 +13,7 @@ from .errors import InputError, exit_on_input_error, nearest
 STAGES = {
     "pretrain": ("train_pretrain", "next-token loss on plain text"),
     "cut-text": ("cut_text", "plain text as rows for pretraining, cut at the ends of sentences"),
+    "doctor": ("doctor", "does PPO reach known optima on this machine: tasks, controls, verdicts"),
     "dpo": ("train_dpo", "direct preference optimisation on ranked answers"),
     "eval": ("eval", "reward, win rate, KL and length against a baseline, with answers side by side"),
     "rm": ("train_rm", "reward model from ranked answers"),
