@@ -164,3 +164,45 @@ def reference_that_is_updated(patch):
 def test_the_distance_from_the_optimum_catches(mutate, monkeypatch):
     mutate(monkeypatch)
     assert off_the_curve(GENTLE, run(replace(GENTLE, iterations=12), 0, RANKS)) > 0.1
+
+
+def stop_token_outside_of_the_mask(patch):
+    loss = ppo.policy_loss_sum
+
+    def without_the_last(logprobs, old, advantages, mask, clip):
+        return loss(logprobs, old, advantages, mask & (mask.cumsum(1) < mask.sum(1, keepdim=True)), clip)
+
+    patch.setattr(ppo, "policy_loss_sum", without_the_last)
+
+
+def test_the_stop_task_catches_a_stop_token_outside_of_the_mask(monkeypatch):
+    stop_token_outside_of_the_mask(monkeypatch)
+    assert run(replace(doctor_tasks.stop(), iterations=10), 0, RANKS).reward < 0.9
+
+
+def test_the_stop_task_is_learned_as_it_stands():
+    measured = run(replace(doctor_tasks.stop(), iterations=10), 0, RANKS)
+    assert measured.reward >= 0.9
+    assert measured.truncated <= 0.01
+
+
+def white_on_the_mask():
+    """Whether the advantages that reach the update have mean 0 and variance 1 over the real tokens."""
+    learner, seen = build_learner(replace(doctor_tasks.stop(), episodes=32), 0, RANKS), []
+    train_minibatch = ppo._train_minibatch
+    with pytest.MonkeyPatch.context() as patch:
+
+        def look(learner, experience, rows, advantages, *others):
+            seen.append(advantages[experience.rollout.mask])
+            return train_minibatch(learner, experience, rows, advantages, *others)
+
+        patch.setattr(ppo, "_train_minibatch", look)
+        learn(learner, collect(learner, [Prompt((2,))] * 32))
+    return abs(seen[0].mean()) < 1e-4 and abs(seen[0].std(unbiased=False) - 1) < 1e-3
+
+
+def test_whitening_over_padding_is_caught(monkeypatch):
+    assert white_on_the_mask()
+    white = ppo.whiten
+    monkeypatch.setattr(ppo, "whiten", lambda values, mask, **k: white(values, torch.ones_like(mask), **k))
+    assert not white_on_the_mask()
