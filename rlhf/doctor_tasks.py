@@ -108,7 +108,17 @@ def copy(family="gpt2", vocab=16, longest=6, beta=0.05, prompts=256, seed=0, **o
         return float(completion[0] == prompt[-1])
 
     optimum = bernoulli_optimum(1 / vocab, beta)
-    return Task(f"copy {family}", family, vocab, 1, beta, reward, optimum, prompts=made, **{"iterations": 80, **others})
+    return Task(
+        f"copy {family}",
+        family,
+        vocab,
+        1,
+        beta,
+        reward,
+        optimum,
+        prompts=made,
+        **{"iterations": 60, "episodes": 256, "lr": 2e-3, **others},
+    )
 
 
 def delayed(vocab=16, new_tokens=8, beta=0.05, **others):
