@@ -4,14 +4,16 @@ Column c of a row holds the key and value of its position c: no row is padded, w
 learned, rotary and ALiBi positions need nothing but the right numbers, and a row can be moved, cut or kept for later.
 
 transformers' own were measured first (5.24; a 34M-parameter LLaMA in fp32 on two cores, 32 prompts of 32 to 64 tokens,
-48 new tokens each, single readings; `python -m megalith.bench.inference --batch_sizes 1 32` repeats it):
+48 new tokens each; tokens/s of one or two single readings, which differ by a fifth on that machine;
+`python -m megalith.bench.inference --batch_sizes 1 32` repeats it):
 
-    generate, DynamicCache    504 tokens/s    pads the rows for good, and none can join or leave
-    generate, StaticCache     580             the same
-    generate_batch            172             paged, continuous; 9 s and 9 GiB before its first token, no ALiBi
-    this cache                617
+    generate, DynamicCache    504, 616    pads the rows for good, and none can join or leave
+    generate, StaticCache     580         the same
+    generate_batch            172         paged, continuous; 9 s and 9 GiB before its first token, no ALiBi
+    this cache                617, 537
 
-With one prompt all but generate_batch (10) are within noise of each other, 58 to 64.
+So this cache is about as fast as what cannot batch continuously, and faster than what can. With one prompt it reads 58
+and 64 where DynamicCache reads 64 and 67, and generate_batch 10.
 """
 
 import itertools
