@@ -186,4 +186,5 @@ def test_mixtral_experts_without_a_token_match_plain_pytorch():
     jobs = [{"zero_stage": stage, "placement": place} for stage in (0, 1, 2, 3) for place in ("device", "host")]
     initial, final = _mixtral(0, 1, None)
     for options, ours in zip(jobs, run_ranks(2, _mixtral_all, jobs)[1], strict=True):
-        assert update_error(initial, ours, final) < 1e-5, options
+        # 2e-5 on a CPU with AVX-512, a tenth of that without: with so few tokens the order of sums shows.
+        assert update_error(initial, ours, final) < 5e-5, options
