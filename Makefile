@@ -33,6 +33,8 @@ gpu:
 	$(BIN)/python -m pytest tests/gpu
 	$(BIN)/python -m megalith.bench.step --device cuda
 	$(BIN)/python -m megalith.bench.kernels --device cuda --models 7b 13b 70b --json bench/results/kernels_cuda.json
+	$(BIN)/python -m megalith.bench.inference --device cuda --model llama-7b --precision bf16 --json bench/results/inference_cuda.json
+	$(BIN)/python -m megalith.bench.capacity --device cuda --nvme_dir $${NVME_DIR:-.} --json bench/results/capacity_cuda.json
 
 clean:
 	rm -rf $(VENV) build *.egg-info kernels/*.so demo_out runs
