@@ -5,6 +5,17 @@ import importlib
 # What is public, by the module that holds it: imported when asked for, since transformers takes seconds to load.
 _PUBLIC = {
     "load_quantized": "gptq_model",
+    "BLOOMActor": "trainer",
+    "BLOOMCritic": "trainer",
+    "GPTActor": "trainer",
+    "GPTCritic": "trainer",
+    "LlamaActor": "trainer",
+    "LlamaCritic": "trainer",
+    "OPTActor": "trainer",
+    "OPTCritic": "trainer",
+    "PPOTrainer": "trainer",
+    "RewardModel": "trainer",
+    "Strategy": "trainer",
 }
 
 

@@ -78,7 +78,7 @@ def _answered(learner, prompts):
     rows = range(ranks.rank, len(prompts), ranks.world_size)
     mine, error = [], None
     for prompt in prompts:  # those of all ranks, so that all raise
-        check_prompt(learner.actor.model, prompt.ids, learner.rollout_args.max_new_tokens)
+        check_prompt(learner.actor.model, prompt.ids, learner.rollout_args.new_tokens(prompt))
     try:
         answers = sample(learner, [prompts[row] for row in rows], rows)
         if isinstance(learner.reward, torch.nn.Module):

@@ -94,12 +94,16 @@ def _adapted(model, source, missing, lora_args, seed):
     return Unplaced(model, source.folder, (*missing, *ADAPTER_PARAMETERS), stored_name)
 
 
-def place(models, judge, optimization, iterations, device, options):
+def place(models, judge, optimization, iterations, device, options, optimizers=None):
     """Give the models of {"actor", "critic", "reference", "reward": Unplaced} (the last two where there are any) to the
-    engine; returns those fields of a Learner. `judge`: what rewards where no model does."""
+    engine; returns those fields of a Learner. `judge`: what rewards where no model does. `optimizers`: {"actor",
+    "critic"} that the caller has made, or None."""
 
     def trained(name, lr):
-        return _place_trained(models[name], lr, optimization, iterations, device, options)
+        optimizer = (optimizers or {}).get(name) or _adamw(models[name].model, lr, optimization)
+        model, optimizer = models[name].initialize(optimizer, device, options)
+        warmup = round(optimization.warmup_ratio * iterations)
+        return Trained(model, optimizer, get_scheduler(optimization.lr_scheduler_type, optimizer, warmup, iterations))
 
     def untrained(name):
         return _place_frozen(models[name], device, options) if name in models else None
@@ -112,17 +116,13 @@ def place(models, judge, optimization, iterations, device, options):
     }
 
 
-def _place_trained(unplaced, lr, optimization, iterations, device, options):
-    """Give a model to the engine with its optimizer and schedule; Trained."""
-    optimizer = torch.optim.AdamW(
-        decay_groups(unplaced.model, optimization.weight_decay),
+def _adamw(model, lr, optimization):
+    return torch.optim.AdamW(
+        decay_groups(model, optimization.weight_decay),
         lr=lr,
         betas=(optimization.adam_beta1, optimization.adam_beta2),
         eps=optimization.adam_epsilon,
     )
-    model, optimizer = unplaced.initialize(optimizer, device, options)
-    warmup = round(optimization.warmup_ratio * iterations)
-    return Trained(model, optimizer, get_scheduler(optimization.lr_scheduler_type, optimizer, warmup, iterations))
 
 
 def _place_frozen(unplaced, device, options):

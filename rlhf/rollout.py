@@ -35,6 +35,7 @@ class RolloutArguments:
     max_new_tokens: int = HfArg(
         default=128, aliases=["--response_length", "--max_answer_len"], help="tokens an answer at most"
     )
+    max_length: int | None = HfArg(default=None, help="tokens of prompt and answer together at most")
     temperature: float = HfArg(default=1.0, help="logits are divided by it, in sampling and in training")
     ignore_eos: bool = HfArg(default=False, help="answers of exactly --max_new_tokens, as benchmarks want them")
     gather_for_generation: Literal["auto", "always", "never"] = HfArg(
@@ -44,6 +45,14 @@ class RolloutArguments:
     def __post_init__(self):
         for name in ("experience_batch_size", "update_timesteps", "max_new_tokens", "temperature"):
             require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
+
+    def new_tokens(self, prompt):
+        """How long the answer to `prompt` may be. Raises InputError where --max_length leaves it none."""
+        if self.max_length is None:
+            return self.max_new_tokens
+        room = self.max_length - len(prompt.ids)
+        require(room > 0, "max_length", self.max_length, f"more than a prompt's {len(prompt.ids)} tokens")
+        return min(self.max_new_tokens, room)
 
 
 @dataclass(frozen=True)
@@ -189,12 +198,12 @@ def sample(learner, prompts, rows):
     stop_ids = () if args.ignore_eos else tuple(learner.stop_ids)
     options = [
         SamplingOptions(
-            max_new_tokens=args.max_new_tokens,
+            max_new_tokens=args.new_tokens(prompt),
             temperature=args.temperature,
             stop_ids=stop_ids,
             seed=int(np.random.SeedSequence([learner.seed, learner.iteration, row]).generate_state(1)[0]),
         )
-        for row in rows
+        for row, prompt in zip(rows, prompts, strict=True)
     ]
     gathers = _gathers(args.gather_for_generation, model, ranks)
     with engine.gathered(model) if gathers else nullcontext():
