@@ -1,0 +1,42 @@
+"""The PPO benchmark: it measures plain models and the engine's, plans, and refuses what cannot fit."""
+
+import json
+
+import pytest
+from megalith.bench import ppo
+
+SMALL = "--model tiny --prompt_tokens 6 --new_tokens 4 --experience_batch_size 2 --train_batch_size 1 --rounds 1"
+SMALL += " --device cpu"
+
+
+def test_plain_models_and_the_engines_are_measured(tmp_path, capsys):
+    ppo.main([*SMALL.split(), "--strategy", "torch", "colossalai_gemini_cpu", "--json", str(tmp_path / "record.json")])
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert [row["name"] for row in record["rows"]] == ["torch", "gemini_cpu"]
+    for row in record["rows"]:
+        assert all(value > 0 for values in row["metrics"].values() for value in values)
+    assert "host_stored_peak_bytes" in record["rows"][1]["metrics"]
+    assert "6 + 4 forced" in capsys.readouterr().out
+
+
+def test_operations_of_an_episode_by_hand():
+    args = ppo.parse_args([*SMALL.split(), "--max_epochs", "2"])
+    config = ppo.config_of("tiny")
+
+    def forward(tokens):  # two layers of width 64; token t attends to t tokens
+        return sum(2 * 1000 + 2 * 4 * 64 * t for t in range(1, tokens + 1))
+
+    rest = (4 + 2 * 3 * 2) * forward(10)
+    assert ppo.flops(args, 1000, config, cached=True) == forward(10) + rest
+    assert ppo.flops(args, 1000, config, cached=False) == sum(forward(t) for t in (6, 7, 8, 9)) + rest
+
+
+def test_the_plan_alone_and_what_cannot_fit(capsys):
+    ppo.main(["--model", "xl", "--strategy", "colossalai_zero2", "--plan", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    assert "xl, zero2" in printed and "reference: " in printed and "all models at most" in printed
+    with pytest.raises(SystemExit):
+        ppo.main(["--model", "175b", "--strategy", "torch", "--device", "cpu"])
+    output = capsys.readouterr()
+    assert "four plain models" in output.out
+    assert "error: --model 175b --strategy torch cannot run here: the host would have to hold" in output.err
