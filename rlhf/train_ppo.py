@@ -150,6 +150,10 @@ def train(*groups):
     iterations = optim_args.num_episodes * optim_args.max_timesteps // rollout_args.update_timesteps
     if not iterations:
         raise InputError(f"--update_timesteps {rollout_args.update_timesteps} is more than there are timesteps")
+    if lora_args.lora_merge:
+        raise InputError("--lora_merge: ppo saves adapters as PEFT does; its merge_and_unload merges them")
+    if lora_args.lora_rank and optim_args.ema_decay:
+        raise InputError("--ema_decay with --lora_rank: adapters are saved without a moving average; choose one")
     models, source = build(model_args, judge_args, lora_args, reward_args.kl_coef, optim_args.seed)
     tokenizer = source.tokenizer
     prompts, dropped = read_prompts(

@@ -107,6 +107,13 @@ def test_trained_models_judge_and_are_trained_on(folder, capsys):
     assert any(parameter.any() for name, parameter in adapted.named_parameters() if "lora_B" in name)
 
 
+@pytest.mark.parametrize("option", [["--lora_merge"], ["--ema_decay", "0.9"]])
+def test_what_adapters_cannot_be_saved_with_is_an_error(folder, option, capsys):
+    with pytest.raises(SystemExit):
+        train_ppo.main(command(folder, folder / "out", "--lora_rank", "2", *option))
+    assert option[0] in capsys.readouterr().err and not (folder / "out").exists()
+
+
 # Judges
 
 
