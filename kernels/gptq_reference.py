@@ -1,4 +1,4 @@
-"""Plain-PyTorch oracles of the GPTQ kernels, in float32. They run on any device and check nothing."""
+"""Plain-PyTorch oracle of the GPTQ kernels, in float32. It runs on any device and checks nothing."""
 
 import torch
 from torch import Tensor
@@ -15,12 +15,6 @@ def dequantize_reference(weight: GptqWeight, columns: slice = slice(None)) -> Te
     # Exact: codes and zero-points are small integers.
     dense = (codes.float() - zeros) * rows(weight.scales[:, columns].float(), weight)
     return dense if weight.perm is None else torch.empty_like(dense).index_copy_(0, weight.perm.long(), dense)
-
-
-def matmul_reference(x: Tensor, weight: GptqWeight) -> Tensor:
-    """`gptq_matmul` (see there) with float32 inside; the result is rounded to x's dtype once."""
-    y = x.float() @ dequantize_reference(weight)
-    return (y if weight.bias is None else y + weight.bias.float()).to(x.dtype)
 
 
 def rows(per_group: Tensor, weight: GptqWeight) -> Tensor:
