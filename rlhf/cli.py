@@ -18,6 +18,7 @@ STAGES = {
     "eval": ("eval", "reward, win rate, KL and length against a baseline, with answers side by side"),
     "rm": ("train_rm", "reward model from ranked answers"),
     "sft": ("train_sft", "supervised fine-tuning on instructions or conversations"),
+    "grpo": ("train_grpo", "reinforcement learning without a critic, from several answers to each prompt"),
     "ppo": ("train_ppo", "reinforcement learning from a reward model, a function or a server"),
     "serve": ("server", "a model behind OpenAI's API and a chat page"),
     "chat": ("chat", "a conversation in the terminal"),

@@ -30,7 +30,7 @@ class Experience:
     logprobs: torch.Tensor  # [B, T], of the policy that sampled, computed as in training
     entropy: torch.Tensor  # [B, T]
     ref_logprobs: torch.Tensor  # [B, T]; the policy's own where there is no reference
-    values: torch.Tensor  # [B, T], of the state before each token
+    values: torch.Tensor  # [B, T], of the state before each token; 0 without a critic
     timing: dict
 
 

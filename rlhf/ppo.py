@@ -5,6 +5,7 @@
         metrics = learn(learner, experience)
 
 `train_ppo` is the command around these two calls, `trainer` the Python interface; tests and the doctor run them too.
+What GRPO does otherwise is in `grpo`; its epochs are these.
 """
 
 import time
@@ -31,10 +32,9 @@ from .ppo_math import (
 def learn(learner, experience):
     """Train actor and critic on an Experience; returns the metrics of the iteration. A collective."""
     start = time.perf_counter()
-    rollout, args = experience.rollout, learner.ppo_args
-    mask = rollout.mask
+    args, mask = learner.ppo_args, experience.rollout.mask
     kl = kl_estimate(experience.logprobs, experience.ref_logprobs, learner.reward_args.kl_estimator)
-    paid = _paid_scores(learner, experience)
+    paid = paid_scores(learner, experience)
     rewards = token_rewards(kl, paid, mask, learner.kl_coef)
     if args.whiten_rewards:
         rewards = whiten(rewards, mask, keep_mean=True)
@@ -42,56 +42,49 @@ def learn(learner, experience):
     if args.whiten_advantages:
         advantages = whiten(advantages, mask)
 
+    described = describe(learner, experience, paid, kl)
+    outcome = train_epochs(learner, experience, advantages, returns)
+    if learner.reward_args.kl_target is not None:
+        sequence_kl, episodes = described["objective/kl"], len(experience.rollout)
+        target, horizon = learner.reward_args.kl_target, learner.reward_args.kl_horizon
+        learner.kl_coef = next_kl_coef(learner.kl_coef, sequence_kl, target, horizon, episodes)
+    explained = explained_variance(experience.values, returns, mask)
+    return {**described, **outcome, "val/explained_variance": explained, **timed(experience, start)}
+
+
+def train_epochs(learner, experience, advantages, returns=None, kl_weight=0.0, row_weights=None):
+    """Every minibatch of every epoch, until the policy strays too far; returns what happened, per answer token. The
+    learner's iteration ends here. A collective.
+
+    advantages [B, T]; returns [B, T]: what a critic learns, where there is one; kl_weight: of the KL to the reference
+    in the loss itself; row_weights [B]: the policy's loss is a mean over rows of their sums times these, instead of the
+    mean over tokens.
+    """
+    args, answers = learner.ppo_args, experience.rollout.answers
     totals, updates, stopped_early = {}, 0, False
-    for rows in _minibatches(learner, len(rollout)):
-        sums = _train_minibatch(learner, experience, rows, advantages, returns)
+    for rows in _minibatches(learner, len(answers)):
+        sums = _train_minibatch(learner, experience, rows, advantages, returns, kl_weight, row_weights)
         if updates == 0:
             _check_first(learner, sums)
-        tokens = sum(len(rollout.answers[row].ids) for row in rows)
-        if args.stop_kl is not None and sums["approx_kl"] / tokens > args.stop_kl:
+        tokens = sum(len(answers[row].ids) for row in rows)
+        if args.stop_kl is not None and sums.get("approx_kl", 0.0) / tokens > args.stop_kl:
             stopped_early = True
-            for part in (learner.actor, learner.critic):
+            for part in learner.trained_now:
                 part.optimizer.zero_grad()
             break
-        for part in _trained_now(learner):
+        for part in learner.trained_now:
             part.optimizer.step()
             part.optimizer.zero_grad()
-        if learner.average is not None and learner.actor in _trained_now(learner):
+        if learner.average is not None and learner.actor in learner.trained_now:
             learner.average.update()
         updates += 1
         for name, value in {**sums, "tokens": tokens}.items():
             totals[name] = totals.get(name, 0.0) + value
     rate = learner.actor.scheduler.get_last_lr()[0]
-    for part in _trained_now(learner):
+    for part in learner.trained_now:
         part.scheduler.step()
-
-    metrics = _metrics(learner, experience, kl, paid, returns, totals, updates)
-    if learner.reward_args.kl_target is not None:
-        sequence_kl = metrics["objective/kl"]
-        target, horizon = learner.reward_args.kl_target, learner.reward_args.kl_horizon
-        learner.kl_coef = next_kl_coef(learner.kl_coef, sequence_kl, target, horizon, len(rollout))
     learner.iteration += 1
-    elapsed_s = time.perf_counter() - start
-    total_s = elapsed_s + sum(experience.timing.values())
-    return {
-        **metrics,
-        "policy/stopped_early": int(stopped_early),
-        "lr": rate,
-        **experience.timing,
-        "timing/ppo_train": elapsed_s,
-        "timing/step_total": total_s,
-        "eps": len(rollout) / total_s,
-        "tokens_per_s": int(mask.sum()) / total_s,
-    }
-
-
-def _paid_scores(learner, experience):
-    args = learner.reward_args
-    if args.normalize_scores:
-        learner.moments = learner.moments.merged(experience.scores)
-    moments = learner.moments if args.normalize_scores else None
-    stopped = experience.rollout.stopped
-    return shaped_scores(experience.scores, stopped, args.score_clip or None, args.missing_eos_penalty, moments)
+    return {**_outcome(learner, totals), "updates": updates, "policy/stopped_early": int(stopped_early), "lr": rate}
 
 
 def _minibatches(learner, count):
@@ -103,74 +96,110 @@ def _minibatches(learner, count):
         yield from (order[start : start + size] for start in range(0, count, size))
 
 
-def _trained_now(learner):
-    warm = learner.iteration >= learner.ppo_args.critic_warmup
-    return [learner.actor, learner.critic] if warm else [learner.critic]
-
-
-def _train_minibatch(learner, experience, rows, advantages, returns):
-    """Gradients of actor and critic over `rows`; sums over all ranks, and the largest drifts, as floats."""
-    rollout, args, ranks = experience.rollout, learner.ppo_args, learner.ranks
-    micros = list(rollout.micro_batches(rows, learner.micro_batch_size, learner.pad_id, ranks))
-    tokens = sum(len(rollout.answers[row].ids) for row in rows)
+def _train_minibatch(learner, experience, rows, advantages, returns, kl_weight=0.0, row_weights=None):
+    """Gradients of what is trained now over `rows`; sums over all ranks, and the largest drifts, by name."""
+    args, ranks = learner.ppo_args, learner.ranks
+    micros = list(experience.rollout.micro_batches(rows, learner.micro_batch_size, learner.pad_id, ranks))
+    tokens = sum(len(experience.rollout.answers[row].ids) for row in rows)
     # The engine averages gradients over the ranks; what is wanted is the sum over the tokens of the minibatch.
     scale = ranks.world_size / tokens
-    sums, drifts = torch.zeros(8, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-
-    def part_of(values, micro):
-        return values[micro.rows, : micro.mask.shape[1]].to(ranks.device)
-
-    if learner.actor in _trained_now(learner):
-        learner.actor.model.train()
+    weights = None if row_weights is None else row_weights[:, None] * (tokens / len(rows))
+    sums = {}
+    if learner.actor in learner.trained_now:
         ppo_weight, ptx_weight = ptx_weights(args.ptx_coef, args.ptx_mix) if learner.ptx else (1.0, 0.0)
-        for micro in micros:
-            logprobs, entropy = answer_logprobs(learner.actor.model, micro, learner)
-            old = part_of(experience.logprobs, micro)
-            policy = policy_loss_sum(logprobs, old, part_of(advantages, micro), micro.mask, args.clip)
-            learner.actor.optimizer.backward(policy.loss * (scale * ppo_weight))
-            drift = (logprobs.detach() - old).abs()[micro.mask]
-            sums[:6] += torch.stack([*(x.detach().double() for x in policy), entropy[micro.mask].double().sum()]).cpu()
-            drifts[0] = max(drifts[0], drift.max().item() if len(drift) else 0.0)
+        sums |= _actor_gradients(learner, experience, micros, advantages, scale * ppo_weight, kl_weight, weights)
         if ptx_weight:
             learner.ptx.backward(learner.actor, ptx_weight)
-    learner.critic.model.train()
+    if learner.critic is not None:
+        sums |= _critic_gradients(learner, experience, micros, returns, scale)
+    return _over_ranks(sums, ranks)
+
+
+def _actor_gradients(learner, experience, micros, advantages, scale, kl_weight, weights):
+    """Add the gradients of `scale` times the policy loss, summed over the micro-batches' tokens; this rank's sums.
+    weights [B, 1], or None for 1: of the rows, all above 0."""
+    learner.actor.model.train()
+    if weights is not None:
+        advantages = advantages * weights  # the clipped loss is linear in what is above 0
+    sums, drift = torch.zeros(6, dtype=torch.float64), 0.0
     for micro in micros:
-        values, old = answer_values(learner.critic.model, micro), part_of(experience.values, micro)
-        value = value_loss_sum(values, old, part_of(returns, micro), micro.mask, args.value_clip or None)
+        logprobs, _ = answer_logprobs(learner.actor.model, micro, learner)
+        old = micro.part_of(experience.logprobs)
+        policy = policy_loss_sum(logprobs, old, micro.part_of(advantages), micro.mask, learner.ppo_args.clip)
+        loss, ref_kl = policy.loss, torch.zeros(())
+        if kl_weight:
+            kl = kl_estimate(logprobs, micro.part_of(experience.ref_logprobs), "k3")
+            ref_kl = (kl if weights is None else kl * micro.part_of(weights))[micro.mask].sum()
+            loss = loss + kl_weight * ref_kl
+        learner.actor.optimizer.backward(loss * scale)
+        sums += torch.stack([x.detach().double().cpu() for x in (*policy, ref_kl)])
+        drift = max(drift, _largest((logprobs.detach() - old).abs()[micro.mask]))
+    names = ("policy", "approx_kl", "clipped", "ratio", "ratio_squared", "ref_kl")
+    return {**dict(zip(names, sums.tolist(), strict=True)), "drift": drift}
+
+
+def _critic_gradients(learner, experience, micros, returns, scale):
+    learner.critic.model.train()
+    sums, drift = torch.zeros(2, dtype=torch.float64), 0.0
+    for micro in micros:
+        values, old = answer_values(learner.critic.model, micro), micro.part_of(experience.values)
+        value = value_loss_sum(values, old, micro.part_of(returns), micro.mask, learner.ppo_args.value_clip or None)
         learner.critic.optimizer.backward(value.loss * scale)
-        drift = ((values.detach() - old).abs() / (1 + old.abs()))[micro.mask]
-        sums[6:] += torch.stack([x.detach().double() for x in value]).cpu()
-        drifts[1] = max(drifts[1], drift.max().item() if len(drift) else 0.0)
-    if ranks.world_size > 1:
-        sums, drifts = sums.to(ranks.device), drifts.to(ranks.device)
-        dist.all_reduce(sums)
-        dist.all_reduce(drifts, dist.ReduceOp.MAX)
-    names = ("policy", "approx_kl", "clipped", "ratio", "ratio_squared", "entropy", "value", "value_clipped")
-    return {**dict(zip(names, sums.tolist(), strict=True)), "drift": drifts[0].item(), "value_drift": drifts[1].item()}
+        sums += torch.stack([x.detach().double().cpu() for x in value])
+        drift = max(drift, _largest(((values.detach() - old).abs() / (1 + old.abs()))[micro.mask]))
+    return {"value": sums[0].item(), "value_clipped": sums[1].item(), "value_drift": drift}
+
+
+def _largest(values):
+    return values.max().item() if len(values) else 0.0
+
+
+def _over_ranks(sums, ranks):
+    """The sums of all ranks, and of drifts the largest; `sums` has the same names on every rank."""
+    if ranks.world_size == 1:
+        return sums
+    values = torch.tensor(list(sums.values()), dtype=torch.float64, device=ranks.device)
+    every = [torch.empty_like(values) for _ in range(ranks.world_size)]
+    dist.all_gather(every, values)
+    every = torch.stack(every)
+    is_drift = torch.tensor([name.endswith("drift") for name in sums], device=ranks.device)
+    return dict(zip(sums, every.amax(0).where(is_drift, every.sum(0)).tolist(), strict=True))
 
 
 def _check_first(learner, sums):
     """On the first minibatch nothing has changed yet: the ratio is 1, and the values are those of the rollout."""
+    drift, value_drift = sums.get("drift", 0.0), sums.get("value_drift", 0.0)
     check_drift(
         learner,
-        sums["drift"],
-        f"on the first minibatch the probability ratio should be 1, but a log-probability moved by {sums['drift']:.3g} "
+        drift,
+        f"on the first minibatch the probability ratio should be 1, but a log-probability moved by {drift:.3g} "
         "since the rollout: dropout, another temperature, or weights that changed in between",
     )
     check_drift(
         learner,
-        sums["value_drift"],
-        f"on the first minibatch the values should be the rollout's, but one moved by {sums['value_drift']:.3g}: "
+        value_drift,
+        f"on the first minibatch the values should be the rollout's, but one moved by {value_drift:.3g}: "
         "dropout, another slice of the tokens, or weights that changed in between",
     )
 
 
-def _metrics(learner, experience, kl, paid, returns, totals, updates):
-    """Numbers of an iteration by the names that TRL gave them: `objective/` per answer, `policy/`, `loss/` and `val/`
-    per answer token, all masked, over all ranks."""
+# Numbers, by the names that TRL gave them: `objective/` per answer, `policy/`, `loss/` and `val/` per answer token, all
+# masked, over all ranks.
+
+
+def paid_scores(learner, experience):
+    """What the answers are paid for, [B]; brings the running moments up to date."""
+    args = learner.reward_args
+    if args.normalize_scores:
+        learner.moments = learner.moments.merged(experience.scores)
+    moments = learner.moments if args.normalize_scores else None
+    stopped = experience.rollout.stopped
+    return shaped_scores(experience.scores, stopped, args.score_clip or None, args.missing_eos_penalty, moments)
+
+
+def describe(learner, experience, paid, kl):
+    """Metrics of a rollout. paid [B]: the shaped scores; kl [B, T]: what β is the price of."""
     rollout, mask = experience.rollout, experience.rollout.mask
-    tokens = max(totals.get("tokens", 0), 1)
-    ratio = totals.get("ratio", 0.0) / tokens
     k1 = torch.where(mask, experience.logprobs - experience.ref_logprobs, 0.0)
     cost = learner.kl_coef * torch.where(mask, kl, 0.0).sum(1)
     return {
@@ -181,20 +210,46 @@ def _metrics(learner, experience, kl, paid, returns, totals, updates):
         "objective/scores": experience.scores.mean().item(),
         "objective/scores_std": experience.scores.std(unbiased=False).item(),
         "objective/kl_coef": learner.kl_coef,
-        "policy/approxkl_avg": totals.get("approx_kl", 0.0) / tokens,
-        "policy/clipfrac_avg": totals.get("clipped", 0.0) / tokens,
         "policy/entropy_avg": experience.entropy[mask].mean().item(),
-        "loss/policy_avg": totals.get("policy", 0.0) / tokens,
-        "loss/value_avg": totals.get("value", 0.0) / tokens,
-        **({"loss/ptx": learner.ptx.loss} if learner.ptx is not None else {}),
-        "val/ratio": ratio,
-        "val/ratio_var": max(totals.get("ratio_squared", 0.0) / tokens - ratio**2, 0.0),
-        "val/clipfrac_avg": totals.get("value_clipped", 0.0) / tokens,
-        "val/explained_variance": explained_variance(experience.values, returns, mask),
         "val/num_eos_tokens": int(rollout.stopped.sum()),
         "val/truncated": int((~rollout.stopped).sum()),
         "val/length": rollout.lengths.double().mean().item(),
-        "updates": updates,
+    }
+
+
+def _outcome(learner, totals):
+    """Metrics of the updates, from sums over all of them."""
+    tokens = max(totals.get("tokens", 0), 1)
+    mean = {name: value / tokens for name, value in totals.items()}
+    ratio = mean.get("ratio", 0.0)
+    of_critic = {}
+    if learner.critic is not None:
+        of_critic = {
+            "loss/value_avg": mean.get("value", 0.0),
+            "val/clipfrac_avg": mean.get("value_clipped", 0.0),
+            "critic_grad_norm": learner.critic.optimizer.grad_norm,
+        }
+    return {
+        "policy/approxkl_avg": mean.get("approx_kl", 0.0),
+        "policy/clipfrac_avg": mean.get("clipped", 0.0),
+        "loss/policy_avg": mean.get("policy", 0.0),
+        "loss/kl_avg": mean.get("ref_kl", 0.0),
+        **({"loss/ptx": learner.ptx.loss} if learner.ptx is not None else {}),
+        "val/ratio": ratio,
+        "val/ratio_var": max(mean.get("ratio_squared", 0.0) - ratio**2, 0.0),
         "grad_norm": learner.actor.optimizer.grad_norm,
-        "critic_grad_norm": learner.critic.optimizer.grad_norm,
+        **of_critic,
+    }
+
+
+def timed(experience, start):
+    """The times of an iteration whose updates began at `start` (seconds of `time.perf_counter`)."""
+    elapsed_s = time.perf_counter() - start
+    total_s = elapsed_s + sum(experience.timing.values())
+    return {
+        **experience.timing,
+        "timing/ppo_train": elapsed_s,
+        "timing/step_total": total_s,
+        "eps": len(experience.rollout) / total_s,
+        "tokens_per_s": int(experience.rollout.lengths.sum()) / total_s,
     }

@@ -1,4 +1,4 @@
-"""The four models of PPO, from meta to the engine."""
+"""The models of PPO and GRPO, from meta to the engine."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -13,19 +13,18 @@ from .errors import require
 from .learner import Trained
 from .lora import NEW_PARAMETERS as ADAPTER_PARAMETERS
 from .lora import add_adapters, stored_name
-from .models import build_on_meta, decay_groups, disable_dropout
+from .models import Source, build_on_meta, decay_groups, disable_dropout
 from .reward_model import NEW_PARAMETERS as HEAD_PARAMETERS
 from .reward_model import build_reward_model
 
 
 @dataclass(frozen=True)
-class PPOOptimization:
+class RLOptimization:
     """How far and how fast."""
 
     num_episodes: int = HfArg(default=10, help="times --max_timesteps batches of prompts")
     max_timesteps: int = HfArg(default=10, help="batches of prompts an episode")
     lr: float = HfArg(default=3e-6, aliases=["--actor_lr"], help="peak learning rate of the actor")
-    critic_lr: float = HfArg(default=9e-6, help="and of the critic")
     # One value an iteration, so that iterations which stop early do not shift it.
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = HfArg(
         default="linear", help="shape over the iterations"
@@ -42,10 +41,21 @@ class PPOOptimization:
     def __post_init__(self):
         for name in ("num_episodes", "max_timesteps", "max_grad_norm"):
             require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
-        for name in ("lr", "critic_lr", "weight_decay", "adam_epsilon"):
+        for name in ("lr", "weight_decay", "adam_epsilon"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("warmup_ratio", "adam_beta1", "adam_beta2", "ema_decay"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class PPOOptimization(RLOptimization):
+    """The same, with a critic."""
+
+    critic_lr: float = HfArg(default=9e-6, help="peak learning rate of the critic")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.critic_lr >= 0, "critic_lr", self.critic_lr, "at least 0")
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,9 @@ class Unplaced:
     folder: str | None = None  # of its weights; None: those that it has, or random ones
     allow_missing: Collection[str] = ()
     stored_name: Callable[[str], str] | None = None
+    source: Source | None = None
+    plain: Callable[[], torch.nn.Module] | None = None
+    """Makes the model without adapters, on meta."""
 
     def initialize(self, optimizer, device, options):
         given = {"allow_missing": self.allow_missing, "stored_name": self.stored_name} if self.folder else {}
@@ -63,21 +76,24 @@ class Unplaced:
 
 
 def unplaced_actor(source, gradient_checkpointing=False, lora_args=None, seed=0):
-    model = build_on_meta(source, gradient_checkpointing)
-    return _adapted(model, source, (), lora_args, seed)
+    return _adapted(lambda: build_on_meta(source, gradient_checkpointing), source, (), lora_args, seed)
 
 
 def unplaced_critic(source, gradient_checkpointing=False, lora_args=None, seed=0):
     """A critic of a reward model's or a language model's weights. The latter have no head: it is 0, and so are all
     values until the first update."""
-    model = build_reward_model(source, gradient_checkpointing)
-    model.score.weight = torch.nn.Parameter(torch.zeros(model.score.weight.shape))
-    return _adapted(model, source, HEAD_PARAMETERS, lora_args, seed)
+
+    def build():
+        model = build_reward_model(source, gradient_checkpointing)
+        model.score.weight = torch.nn.Parameter(torch.zeros(model.score.weight.shape))
+        return model
+
+    return _adapted(build, source, HEAD_PARAMETERS, lora_args, seed)
 
 
 def unplaced_reward_model(source):
-    """Raises nothing where the folder has no head: that is the caller's decision (see `train_ppo`)."""
-    return frozen(Unplaced(build_reward_model(source), source.folder, HEAD_PARAMETERS))
+    """Raises nothing where the folder has no head: that is the caller's decision (see `rl_setup`)."""
+    return frozen(Unplaced(build_reward_model(source), source.folder, HEAD_PARAMETERS, source=source))
 
 
 def frozen(unplaced):
@@ -86,17 +102,19 @@ def frozen(unplaced):
     return unplaced
 
 
-def _adapted(model, source, missing, lora_args, seed):
+def _adapted(build, source, missing, lora_args, seed):
+    model = build()
     disable_dropout(model)
-    if lora_args is None or not lora_args.lora_rank:
-        return Unplaced(model, source.folder, missing)
-    add_adapters(model, lora_args, seed)
-    return Unplaced(model, source.folder, (*missing, *ADAPTER_PARAMETERS), stored_name)
+    renamed = None
+    if lora_args is not None and lora_args.lora_rank:
+        add_adapters(model, lora_args, seed)
+        missing, renamed = (*missing, *ADAPTER_PARAMETERS), stored_name
+    return Unplaced(model, source.folder, missing, renamed, source, build)
 
 
 def place(models, judge, optimization, iterations, device, options, optimizers=None):
-    """Give the models of {"actor", "critic", "reference", "reward": Unplaced} (the last two where there are any) to the
-    engine; returns those fields of a Learner. `judge`: what rewards where no model does. `optimizers`: {"actor",
+    """Give the models of {"actor", "critic", "reference", "reward": Unplaced} (as far as there are any) to the engine;
+    returns those fields of a Learner. `judge`: what rewards where no model does. `optimizers`: {"actor",
     "critic"} that the caller has made, or None."""
 
     def trained(name, lr):
@@ -110,7 +128,7 @@ def place(models, judge, optimization, iterations, device, options, optimizers=N
 
     return {
         "actor": trained("actor", optimization.lr),
-        "critic": trained("critic", optimization.critic_lr),
+        "critic": trained("critic", optimization.critic_lr) if "critic" in models else None,
         "reference": untrained("reference"),
         "reward": untrained("reward") or judge,
     }

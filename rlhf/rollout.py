@@ -77,6 +77,10 @@ class MicroBatch:
     mask: torch.Tensor  # bool [b, t], True on answer tokens; nowhere if not real
     most_scored: int  # answer tokens of the rank that has most
 
+    def part_of(self, values: torch.Tensor) -> torch.Tensor:
+        """These rows of a rollout's [B, T], as [b, t] on their device."""
+        return values[self.rows, : self.mask.shape[1]].to(self.mask.device)
+
     def of_answers(self, values: torch.Tensor) -> torch.Tensor:
         """Values that belong to tokens, [b, L], aligned to the answers [b, t]."""
         return values.gather(1, self.places)

@@ -1,4 +1,4 @@
-"""`megalith ppo` as users type it: the announcement's command, resuming to the bit, judges of every kind, bad input."""
+"""`megalith ppo` and `megalith grpo` as users type them: outputs, resuming to the bit, judges, bad input."""
 
 import http.server
 import json
@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from megalith.rlhf import train_ppo
+from megalith.rlhf import train_grpo, train_ppo
 from megalith.rlhf.errors import InputError
 from megalith.rlhf.prompts import next_prompts, read_prompts
 from megalith.rlhf.rewards import call_reward, http_reward, load_function
@@ -107,11 +107,56 @@ def test_trained_models_judge_and_are_trained_on(folder, capsys):
     assert any(parameter.any() for name, parameter in adapted.named_parameters() if "lora_B" in name)
 
 
-@pytest.mark.parametrize("option", [["--lora_merge"], ["--ema_decay", "0.9"]])
-def test_what_adapters_cannot_be_saved_with_is_an_error(folder, option, capsys):
+def test_adapters_are_merged_into_what_is_saved(folder):
+    train_ppo.main(command(folder, folder / "base", "--num_episodes", "1", "--max_timesteps", "1"))
+    base_folder, out = folder / "base" / "actor", folder / "out"
+    argv = command(folder, out, "--lora_rank", "2", "--lora_merge", "--lr", "0.01")
+    argv[argv.index("--pretrain") + 1] = str(base_folder)
+    train_ppo.main(argv)
+    from peft import PeftModel
+
+    for part, family in (("actor", AutoModelForCausalLM), ("critic", AutoModelForSequenceClassification)):
+        merged = family.from_pretrained(out / part, local_files_only=True).state_dict()
+        base = family.from_pretrained(
+            base_folder, local_files_only=True, **({"num_labels": 1} if part == "critic" else {})
+        )
+        before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+        adapted = PeftModel.from_pretrained(base, out / part / "adapter").merge_and_unload().state_dict()
+        for name, tensor in adapted.items():
+            torch.testing.assert_close(merged[name], tensor, atol=1e-6, rtol=1e-5)
+        assert (
+            sum(not torch.equal(tensor, before[name]) for name, tensor in adapted.items()) >= 14
+        )  # two blocks' linears
+
+
+def test_adapters_have_no_moving_average(folder, capsys):
     with pytest.raises(SystemExit):
-        train_ppo.main(command(folder, folder / "out", "--lora_rank", "2", *option))
-    assert option[0] in capsys.readouterr().err and not (folder / "out").exists()
+        train_ppo.main(command(folder, folder / "out", "--lora_rank", "2", "--ema_decay", "0.9"))
+    assert "--ema_decay" in capsys.readouterr().err and not (folder / "out").exists()
+
+
+def test_grpo_learns_saves_and_goes_on(tmp_path, capsys):
+    (tmp_path / "prompts.csv").write_text("prompt\nhello\nwhat?\nagain\n")
+    (tmp_path / "judge.py").write_text("def reward(completions):\n    return [len(set(c)) / 8 for c in completions]\n")
+    given = f"{tmp_path}/prompts.csv --pretrain llama-tiny --prompt_format plain --max_new_tokens 8 --device cpu "
+    given += "--experience_batch_size 8 --train_batch_size 4 --num_generations 4 --num_episodes 2 --max_timesteps 1 "
+    given += f"--reward_function {tmp_path}/judge.py:reward --tensorboard false --save_interval 1 --lr 1e-3 "
+    argv = [*given.split(), "--save_path", str(tmp_path / "out")]
+    train_grpo.main(argv)
+    printed = capsys.readouterr().out
+    assert "critic" not in printed and "val/equal_groups" in printed
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "actor", local_files_only=True)
+    assert not (tmp_path / "out" / "critic").exists()
+    train_grpo.main([*argv[:-1], str(tmp_path / "out"), "--num_episodes", "3", "--resume"])
+    assert "step 3" in capsys.readouterr().out
+    for others, message in (
+        (["--num_generations", "3"], "8 answers a rollout are no multiple of --num_generations 3"),
+        (["--num_generations", "1"], "--num_generations is 1; it has to be at least 2"),
+        (["--kl_target", "1"], "unknown flag '--kl_target'"),
+    ):
+        with pytest.raises(SystemExit):
+            train_grpo.main([*argv[:-1], str(tmp_path / "other"), *others])
+        assert message in capsys.readouterr().err
 
 
 # Judges
