@@ -75,6 +75,7 @@ class Chunk:
             storage.ledger.add(Tier.DEVICE, Payload.GATHERED, self.full.nbytes)
         else:
             self.full = storage.zeros(Tier.DEVICE, Payload.WEIGHT, spec.numel, spec.dtype)
+        self._full_cdata = self.full.untyped_storage()._cdata
         self.views = {slot.fqn: self.full[slot.offset_numel : slot.stop_numel].view(slot.shape) for slot in spec.slots}
         start, stop = placement.owned
         # What follows is 1D [owned_numel], and on a drive where the placement says so.
@@ -124,7 +125,7 @@ class Chunk:
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor` is a view of this chunk."""
-        return tensor.untyped_storage()._cdata == self.full.untyped_storage()._cdata
+        return tensor.untyped_storage()._cdata == self._full_cdata
 
     def allocate_full(self) -> None:
         if self.state is not ShardState.SHARDED:

@@ -63,7 +63,6 @@ class GradientPart:
     start: int
     stop: int
     values: torch.Tensor | DiskTensor  # 1D [stop - start]
-    squares: torch.Tensor | None = None  # float64 [1], their sum, where it was taken already
 
 
 class ChunkGradient:
@@ -72,7 +71,6 @@ class ChunkGradient:
         self._traffic = traffic
         self._stays = not traffic.group.is_distributed and chunk.placement.optimizer_tier is Tier.DEVICE
         self._kept: dict[str, torch.Tensor] = {}  # by name, each 1D [slot numel], where gradients stay
-        self._kept_squares: dict[str, torch.Tensor] = {}  # by name, float64 [1], of those that are complete
         self._local: torch.Tensor | None = None  # 1D [numel], on the device
         self._landed: set[str] = set()
         self._reduced: torch.Tensor | DiskTensor | None = None  # 1D [owned_numel], on its tier
@@ -84,14 +82,12 @@ class ChunkGradient:
         """Something landed that has not been reduced."""
         return self._local is not None
 
-    def land(self, slot: Slot, gradient: torch.Tensor, final: bool) -> None:
-        """`final`: the step comes next, so that where gradients stay the norm is taken while this one is in the
-        cache."""
+    def land(self, slot: Slot, gradient: torch.Tensor) -> None:
         if gradient.layout is not torch.strided:
             raise RuntimeError(f"{slot.fqn}: a sparse gradient; build its embedding with sparse=False")
         self._sum_of_squares = None
         if self._stays:
-            self._keep(slot.fqn, gradient.contiguous().view(-1), final)
+            self._keep(slot.fqn, gradient.contiguous().view(-1))
             return
         if self._local is None:
             self._local = self._traffic.pool.take(self.chunk.spec.numel, gradient.dtype)
@@ -104,15 +100,12 @@ class ChunkGradient:
             place.copy_(gradient)
             self._landed.add(slot.fqn)
 
-    def _keep(self, fqn: str, gradient: torch.Tensor, final: bool) -> None:
-        earlier = self._kept.pop(fqn, None)
-        self._kept_squares.pop(fqn, None)
+    def _keep(self, fqn: str, gradient: torch.Tensor) -> None:
+        earlier = self._kept.get(fqn)
         if earlier is not None:
             self._enter(-earlier.nbytes)
             gradient = earlier.float().add_(gradient)
         self._kept[fqn] = gradient
-        if final:
-            self._kept_squares[fqn] = sum_of_squares(gradient)
         self._enter(gradient.nbytes)
 
     def _enter(self, nbytes: int) -> None:
@@ -194,20 +187,19 @@ class ChunkGradient:
     def parts(self) -> list[GradientPart]:
         """What the step consumes, in storage order."""
         if self._stays:
-            slots = [slot for slot in self.chunk.spec.slots if slot.fqn in self._kept]
             return [
-                GradientPart(slot.offset_numel, slot.stop_numel, self._kept[slot.fqn], self._kept_squares.get(slot.fqn))
-                for slot in slots
+                GradientPart(slot.offset_numel, slot.stop_numel, self._kept[slot.fqn])
+                for slot in self.chunk.spec.slots
+                if slot.fqn in self._kept
             ]
         reduced = self.finish()
         return [] if reduced is None else [GradientPart(0, reduced.numel(), reduced)]
 
     def squares(self) -> float | torch.Tensor:
-        """The sum of squares of all parts; a tensor (float64 [1]) where it is still being computed."""
-        parts = self.parts()
+        """The sum of squares of all parts; a tensor (float64) where it may still be computed."""
         if self._sum_of_squares is None:
-            values = [sum_of_squares(in_memory(p.values)) if p.squares is None else p.squares for p in parts]
-            self._sum_of_squares = torch.cat(values).sum() if values else 0.0
+            values = [in_memory(part.values) for part in self.parts()]
+            self._sum_of_squares = sum_of_squares(*values).sum() if values else 0.0
         return self._sum_of_squares
 
     def hand_over(self) -> tuple[list[GradientPart], Callable[[], None]]:
@@ -227,7 +219,6 @@ class ChunkGradient:
         for kept in self._kept.values():
             self._enter(-kept.nbytes)
         self._kept.clear()
-        self._kept_squares.clear()
         reduced = self.finish()
         if self._local is not None:
             self._traffic.pool.give_back(self._take_local())

@@ -209,7 +209,7 @@ class Schedule:
     def land(self, gradient: ChunkGradient, slot: Slot, parameter: nn.Parameter) -> None:
         self.begin_backward()
         self._has_landed = True
-        gradient.land(slot, parameter.grad, self._is_final)
+        gradient.land(slot, parameter.grad)
         parameter.grad = None
         self.touched.add(slot.fqn)
 

@@ -87,7 +87,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._model = model
         self._lane = lane
         self._stream = stream  # where something is on a drive
-        self._trainable = {parameter for parameter in model.parameters() if parameter.requires_grad}
+        self._trainable = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
         self.scaler = (
             DynamicLossScaler(config.loss_scale or 2.0**16) if config.precision == Precision.FP16.value else None
         )
@@ -149,13 +149,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for group in self._groups:
             for chunk in group.chunks:
                 for fqn in chunk.views:
-                    parameter = self._model.get_parameter(fqn)
+                    # One whose gradient landed is in the model for certain: the others are looked up by name, slowly.
+                    is_used = fqn in self._schedule.touched
+                    parameter = self._trainable[fqn] if is_used else self._model.get_parameter(fqn)
                     if not chunk.holds(parameter):
                         raise RuntimeError(
                             f"{fqn} was replaced, cast or resized after initialize(), so that it is not trained "
                             "any more: do that before"
                         )
-                    if parameter.requires_grad and parameter not in self._trainable:
+                    if parameter.requires_grad and fqn not in self._trainable:
                         raise RuntimeError(f"{fqn} was frozen in initialize(): set requires_grad before it")
 
     def _agree(self) -> set[str]:

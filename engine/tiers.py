@@ -64,9 +64,10 @@ class Ledger:
             if now < 0:
                 raise RuntimeError(f"ledger: {-now} bytes more of {payload.value} freed than stored on {tier.value}")
             tier_now = self._tier_now[tier] = self._tier_now[tier] + nbytes
-            if nbytes > 0:
-                self._peak[key] = max(self._peak[key], now)
-                self._tier_peak[tier] = max(self._tier_peak[tier], tier_now)
+            if now > self._peak[key]:
+                self._peak[key] = now
+            if tier_now > self._tier_peak[tier]:
+                self._tier_peak[tier] = tier_now
         if self._of_all is not None:
             self._of_all.add(tier, payload, nbytes)
 
@@ -108,6 +109,8 @@ class HostSlab:
         self._taken_bytes = 0
         # Private: a child that is forked must not write into our weights. mmap's default shares.
         pages = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # on Linux: a step reads all of it, and a page of 4 KB is a miss each
+            pages.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = torch.frombuffer(pages, dtype=torch.uint8)
         if pin:
             cudart = torch.cuda.cudart()

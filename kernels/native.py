@@ -7,6 +7,7 @@ import ctypes
 import functools
 import importlib.machinery
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -85,13 +86,15 @@ def adam_(tensors: AdamTensors, scalars: AdamScalars, *, decoupled: bool, factor
         done_numel += grad.numel()
 
 
-def sum_of_squares(x: Tensor, isa: str) -> Tensor:
-    """Sum of the squares of a checked CPU tensor: float64 [1]. Raises ValueError for an `isa` that this CPU lacks."""
-    total = torch.empty(1, dtype=torch.float64)
-    library().megalith_cpu_sum_of_squares(
-        _DTYPES.index(x.dtype), x.data_ptr(), x.numel(), total.data_ptr(), _isa_number(isa), torch.get_num_threads()
-    )
-    return total
+def sum_of_squares(tensors: Sequence[Tensor], isa: str) -> Tensor:
+    """Sum of the squares of each checked CPU tensor: float64 [len(tensors)]. Raises ValueError for an `isa` that this
+    CPU lacks."""
+    totals = torch.zeros(len(tensors), dtype=torch.float64)
+    call, after = library().megalith_cpu_sum_of_squares, (_isa_number(isa), torch.get_num_threads())
+    for x, address in zip(tensors, range(totals.data_ptr(), totals.data_ptr() + totals.nbytes, 8), strict=True):
+        if x.numel():
+            call(_DTYPES.index(x.dtype), x.data_ptr(), x.numel(), address, *after)
+    return totals
 
 
 def gptq_dequantize_(weight: GptqWeight, out: Tensor, first_column: int, isa: str) -> None:

@@ -42,7 +42,7 @@ def test_every_implementation_has_the_same_bits(dtype):
         x = random(numel, dtype)
         expected = sum_of_squares_reference(x)
         assert torch.equal(sum_of_squares(x), expected), numel
-        assert torch.equal(native.sum_of_squares(x, "baseline"), expected), numel
+        assert torch.equal(native.sum_of_squares([x], "baseline"), expected), numel
 
 
 def test_more_than_one_level_of_block_sums_has_the_same_bits():
@@ -87,6 +87,11 @@ def test_the_largest_and_the_smallest_values_neither_overflow_nor_vanish():
 
 def test_no_elements_sum_to_zero():
     assert torch.equal(sum_of_squares(torch.zeros(0)), torch.zeros(1, dtype=torch.float64))
+
+
+def test_several_tensors_have_the_sums_that_each_has_alone():
+    tensors = [torch.randn(100_000), torch.zeros(0), torch.randn(7).bfloat16(), torch.randn(33_000).half()]
+    assert torch.equal(sum_of_squares(*tensors), torch.cat([sum_of_squares(x) for x in tensors]))
 
 
 @pytest.mark.parametrize(
