@@ -14,6 +14,7 @@ from .decoding import check_prompt
 from .errors import InputError
 from .logprobs import token_logprobs
 from .lora import adapters_off
+from .reward_model import normalized
 from .rewards import call_reward
 from .rollout import Rollout, sample, share
 
@@ -59,7 +60,7 @@ def collect(learner, prompts):
             [ref_logprobs] = judged(lambda micro: answer_logprobs(reference, micro, learner)[:1])
     values = torch.zeros_like(logprobs)
     if learner.critic is not None:
-        [values] = judged(lambda micro: [answer_values(learner.critic.model, micro)])
+        [values] = judged(lambda micro: [answer_values(learner.critic.model, micro, learner.value_statistics)])
     if isinstance(learner.reward, torch.nn.Module):
         [scores] = judged(lambda micro: [last_scores(learner.reward, micro)])
     else:
@@ -114,9 +115,9 @@ def answer_logprobs(model, micro, learner):
     return micro.of_answers(logprobs), micro.of_answers(entropy)
 
 
-def answer_values(critic, micro):
-    """Values of the states before a micro-batch's answer tokens, float32 [b, t]."""
-    return micro.of_states(critic(micro.input_ids))
+def answer_values(critic, micro, statistics=(0.0, 1.0)):
+    """Values of the states before a micro-batch's answer tokens, float32 [b, t]. `statistics`: see `Learner`."""
+    return normalized(micro.of_states(critic(micro.input_ids)), statistics)
 
 
 def last_scores(reward_model, micro):

@@ -20,7 +20,10 @@ class ScoreArguments:
     """What an answer is worth, and what straying from the reference costs."""
 
     score_clip: float | None = HfArg(default=10.0, help="scores are clipped to plus and minus this; 0: not at all")
-    normalize_scores: bool = HfArg(default=False, help="subtract the running mean of the scores, divide by their std")
+    normalize_reward: bool = HfArg(
+        default=True, help="take off the mean that the reward model was saved with, and divide by its std"
+    )
+    normalize_scores: bool = HfArg(default=False, help="then the same with mean and std of all scores of this run")
     missing_eos_penalty: float = HfArg(default=1.0, help="taken off the score of an answer that does not end")
     kl_coef: float = HfArg(
         default=0.05, aliases=["--init_kl_coef", "--beta"], help="β, the price of a nat of KL; 0: no reference"
@@ -143,6 +146,10 @@ class Learner:
     reward_args: ScoreArguments = RewardArguments()
     ppo_args: UpdateArguments = PPOArguments()
     ptx: PtxStream | None = None
+    score_statistics: tuple[float, float] = (0.0, 1.0)
+    """Mean and standard deviation of the reward model's scores where it was trained."""
+    value_statistics: tuple[float, float] = (0.0, 1.0)
+    """The same of the model that the critic began as: it scores as that did, and its values are in units of rewards."""
     average: WeightAverage | None = None
     """The moving average of the actor's weights, updated with every step of its optimizer."""
 

@@ -27,6 +27,7 @@ from .ppo_math import (
     value_loss_sum,
     whiten,
 )
+from .reward_model import normalized
 
 
 def learn(learner, experience):
@@ -142,7 +143,8 @@ def _critic_gradients(learner, experience, micros, returns, scale):
     learner.critic.model.train()
     sums, drift = torch.zeros(2, dtype=torch.float64), 0.0
     for micro in micros:
-        values, old = answer_values(learner.critic.model, micro), micro.part_of(experience.values)
+        values = answer_values(learner.critic.model, micro, learner.value_statistics)
+        old = micro.part_of(experience.values)
         value = value_loss_sum(values, old, micro.part_of(returns), micro.mask, learner.ppo_args.value_clip or None)
         learner.critic.optimizer.backward(value.loss * scale)
         sums += torch.stack([x.detach().double().cpu() for x in value])
@@ -190,11 +192,12 @@ def _check_first(learner, sums):
 def paid_scores(learner, experience):
     """What the answers are paid for, [B]; brings the running moments up to date."""
     args = learner.reward_args
+    scores = normalized(experience.scores, learner.score_statistics)
     if args.normalize_scores:
-        learner.moments = learner.moments.merged(experience.scores)
+        learner.moments = learner.moments.merged(scores)
     moments = learner.moments if args.normalize_scores else None
     stopped = experience.rollout.stopped
-    return shaped_scores(experience.scores, stopped, args.score_clip or None, args.missing_eos_penalty, moments)
+    return shaped_scores(scores, stopped, args.score_clip or None, args.missing_eos_penalty, moments)
 
 
 def describe(learner, experience, paid, kl):

@@ -1,7 +1,7 @@
 """The models of PPO and GRPO, from meta to the engine."""
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -15,7 +15,7 @@ from .lora import NEW_PARAMETERS as ADAPTER_PARAMETERS
 from .lora import add_adapters, stored_name
 from .models import Source, build_on_meta, decay_groups, disable_dropout
 from .reward_model import NEW_PARAMETERS as HEAD_PARAMETERS
-from .reward_model import build_reward_model
+from .reward_model import build_reward_model, forget_normalization, normalization
 
 
 @dataclass(frozen=True)
@@ -69,31 +69,42 @@ class Unplaced:
     source: Source | None = None
     plain: Callable[[], torch.nn.Module] | None = None
     """Makes the model without adapters, on meta."""
+    statistics: tuple[float, float] = (0.0, 1.0)
+    """Mean and std of the scores, where they are to be normalised."""
 
-    def initialize(self, optimizer, device, options):
+    def initialize(self, optimizer, device, options, manager=None):
         given = {"allow_missing": self.allow_missing, "stored_name": self.stored_name} if self.folder else {}
-        return engine.initialize(self.model, optimizer, pretrained=self.folder, device=device, **given, **options)
+        return engine.initialize(
+            self.model, optimizer, pretrained=self.folder, device=device, manager=manager, **given, **options
+        )
 
 
 def unplaced_actor(source, gradient_checkpointing=False, lora_args=None, seed=0):
     return _adapted(lambda: build_on_meta(source, gradient_checkpointing), source, (), lora_args, seed)
 
 
-def unplaced_critic(source, gradient_checkpointing=False, lora_args=None, seed=0):
+def unplaced_critic(source, gradient_checkpointing=False, lora_args=None, seed=0, normalize=False):
     """A critic of a reward model's or a language model's weights. The latter have no head: it is 0, and so are all
-    values until the first update."""
+    values until the first update. `normalize`: by what the folder's configuration says of its scores, if anything."""
+    has_statistics = normalize and getattr(source.config, "std", None)
 
     def build():
         model = build_reward_model(source, gradient_checkpointing)
+        if not has_statistics:
+            forget_normalization(model.config)  # its scores become values in units of rewards
         model.score.weight = torch.nn.Parameter(torch.zeros(model.score.weight.shape))
         return model
 
-    return _adapted(build, source, HEAD_PARAMETERS, lora_args, seed)
+    unplaced = _adapted(build, source, HEAD_PARAMETERS, lora_args, seed)
+    return replace(unplaced, statistics=normalization(source.config)) if has_statistics else unplaced
 
 
-def unplaced_reward_model(source):
-    """Raises nothing where the folder has no head: that is the caller's decision (see `rl_setup`)."""
-    return frozen(Unplaced(build_reward_model(source), source.folder, HEAD_PARAMETERS, source=source))
+def unplaced_reward_model(source, normalize=False):
+    """Raises nothing where the folder has no head: that is the caller's decision (see `rl_setup`). `normalize`: by what
+    the folder's configuration says of its scores; InputError where it says nothing."""
+    statistics = normalization(source.config) if normalize else (0.0, 1.0)
+    model = build_reward_model(source)
+    return frozen(Unplaced(model, source.folder, HEAD_PARAMETERS, source=source, statistics=statistics))
 
 
 def frozen(unplaced):
@@ -115,22 +126,32 @@ def _adapted(build, source, missing, lora_args, seed):
 def place(models, judge, optimization, iterations, device, options, optimizers=None):
     """Give the models of {"actor", "critic", "reference", "reward": Unplaced} (as far as there are any) to the engine;
     returns those fields of a Learner. `judge`: what rewards where no model does. `optimizers`: {"actor",
-    "critic"} that the caller has made, or None."""
+    "critic"} that the caller has made, or None. The budgets of `options` are for all models together."""
+    options = dict(options)
+    budgets = {name: options.pop(name, None) for name in ("device_budget", "host_budget")}
+    manager = engine.Manager(**budgets)
 
     def trained(name, lr):
         optimizer = (optimizers or {}).get(name) or _adamw(models[name].model, lr, optimization)
-        model, optimizer = models[name].initialize(optimizer, device, options)
+        model, optimizer = models[name].initialize(optimizer, device, options, manager)
         warmup = round(optimization.warmup_ratio * iterations)
         return Trained(model, optimizer, get_scheduler(optimization.lr_scheduler_type, optimizer, warmup, iterations))
 
     def untrained(name):
-        return _place_frozen(models[name], device, options) if name in models else None
+        if name not in models:
+            return None
+        return models[name].initialize(None, device, {**options, "max_grad_norm": None}, manager)[0].eval()
+
+    def statistics(name):
+        return models[name].statistics if name in models else (0.0, 1.0)
 
     return {
         "actor": trained("actor", optimization.lr),
         "critic": trained("critic", optimization.critic_lr) if "critic" in models else None,
         "reference": untrained("reference"),
         "reward": untrained("reward") or judge,
+        "score_statistics": statistics("reward"),
+        "value_statistics": statistics("critic"),
     }
 
 
@@ -141,11 +162,6 @@ def _adamw(model, lr, optimization):
         betas=(optimization.adam_beta1, optimization.adam_beta2),
         eps=optimization.adam_epsilon,
     )
-
-
-def _place_frozen(unplaced, device, options):
-    model, _ = unplaced.initialize(None, device, {**options, "max_grad_norm": None})
-    return model.eval()
 
 
 def plans(named, world_size, options):

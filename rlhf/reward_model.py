@@ -75,12 +75,24 @@ def set_normalization(config, mean, std):
     config.mean, config.std = float(mean), float(std)
 
 
-def normalized(scores, config):
-    """(scores - mean) / std. Raises InputError where the reward model was saved without them."""
+def forget_normalization(config):
+    for name in ("mean", "std"):
+        if hasattr(config, name):
+            delattr(config, name)
+
+
+def normalization(config):
+    """(mean, std) of the scores. Raises InputError where the reward model was saved without them."""
     mean, std = getattr(config, "mean", None), getattr(config, "std", None)
     if mean is None or not std:
         raise InputError(
             "this reward model's config.json has no 'mean' and 'std' of its scores, so they cannot be normalised: "
-            "train it with `megalith rm`, or turn normalisation off"
+            "train it with `megalith rm`, or turn it off with --normalize_reward false"
         )
+    return mean, std
+
+
+def normalized(scores, statistics):
+    """(scores - mean) / std."""
+    mean, std = statistics
     return (scores - mean) / std

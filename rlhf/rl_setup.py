@@ -163,6 +163,7 @@ def unplaced_models(options):
     source = load_source(options.model)
     judge_args, lora_args, seed = options.judge, options.lora, options.optimization.seed
     checkpointing = options.model.gradient_checkpointing
+    normalize = options.score.normalize_reward and judge_args.rm_path is not None
 
     def other(folder):
         if folder is None:
@@ -175,11 +176,11 @@ def unplaced_models(options):
     models = {"actor": ppo_models.unplaced_actor(source, checkpointing, lora_args, seed)}
     if options.critic is not None:
         critic_source = other(options.critic.critic_pretrain or judge_args.rm_path)
-        models["critic"] = ppo_models.unplaced_critic(critic_source, checkpointing, lora_args, seed)
+        models["critic"] = ppo_models.unplaced_critic(critic_source, checkpointing, lora_args, seed, normalize)
     if options.score.kl_coef > 0 and not lora_args.lora_rank:
         models["reference"] = ppo_models.frozen(ppo_models.unplaced_actor(source))
     if judge_args.is_model:
-        models["reward"] = ppo_models.unplaced_reward_model(other(judge_args.rm_path))
+        models["reward"] = ppo_models.unplaced_reward_model(other(judge_args.rm_path), normalize)
     return models
 
 

@@ -15,7 +15,7 @@ or random ones, by the strategy's seed and the parameters' names, so that copies
 import atexit
 import contextlib
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import torch
@@ -32,6 +32,7 @@ from .models import Source
 from .ppo import learn
 from .ppo_models import PPOOptimization, Unplaced
 from .prompts import Prompt, next_prompts
+from .reward_model import normalization
 from .rollout import RolloutArguments
 from .strategy import Ranks, choose_device, process_group
 from .tokenizer import pad_id
@@ -198,6 +199,9 @@ class PPOTrainer:
             models["reference"] = ppo_models.frozen(initial_model.unplaced())
         if isinstance(reward_model, RewardModel):
             models["reward"] = ppo_models.frozen(reward_model.unplaced())
+            if reward_model.folder is not None and reward_args.normalize_reward:
+                config = AutoConfig.from_pretrained(reward_model.folder, local_files_only=True)
+                models["reward"] = replace(models["reward"], statistics=normalization(config))
         iterations = optimization.num_episodes * optimization.max_timesteps // rollout_args.update_timesteps
         placed = ppo_models.place(
             models,

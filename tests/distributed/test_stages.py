@@ -9,7 +9,7 @@ import torch
 from megalith.rlhf import train_dpo, train_pretrain, train_reward_model, train_rm, train_sft
 from megalith.rlhf.eval import main as eval_main
 from megalith.rlhf.eval import summary, win_rate
-from megalith.rlhf.reward_model import normalized
+from megalith.rlhf.reward_model import normalization, normalized
 from peft import PeftModel
 from safetensors.torch import load_file
 from stages import metrics, torchrun
@@ -92,7 +92,7 @@ def test_two_ranks_with_adapters_are_one_rank_of_the_same_reward_model(data, tmp
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-5, rtol=0)
     last = metrics(tmp_path / "two")[-1]
-    assert normalized(torch.tensor(last["mean"]), merged.config) == pytest.approx(0, abs=1e-5)
+    assert normalized(torch.tensor(last["mean"]), normalization(merged.config)) == pytest.approx(0, abs=1e-5)
     assert merged.config.std == pytest.approx(last["std"])
 
 

@@ -5,14 +5,16 @@ import math
 import megalith.engine as engine
 import pytest
 import torch
+from megalith.engine.shard import engine_of
 from megalith.rlhf import experience as experience_module
 from megalith.rlhf.batches import epoch_order
 from megalith.rlhf.experience import collect
 from megalith.rlhf.ppo import learn
+from megalith.rlhf.ppo_models import PPOOptimization, place
 from megalith.rlhf.ptx import PtxStream
 from megalith.rlhf.strategy import process_group
 from megalith.rlhf.templates import Sample
-from ppo_cases import PAD, PROMPTS, STOP, VOCAB, iterate, make_learner, source_of, whole
+from ppo_cases import PAD, PROMPTS, STOP, VOCAB, iterate, make_learner, options_of, source_of, unplaced, whole
 from tiny import update_error
 from transformers import AutoModelForCausalLM
 
@@ -56,6 +58,33 @@ def test_an_experience_is_what_its_models_say_of_each_row_alone(ranks, family):
             torch.testing.assert_close(experience.values[row, : lengths[row]], states, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(experience.scores[row], learner.reward(ids)[0, -1], atol=1e-5, rtol=1e-5)
             assert answer.stopped == (answer.ids[-1] == STOP) and STOP not in answer.ids[:-1]
+
+
+def test_scores_and_values_are_normalised_as_their_models_were_saved(ranks):
+    learner = make_learner(ranks, judge=None, missing_eos_penalty=0.0, kl_coef=0.0)
+    iterate(learner, 1)
+    plain = collect(learner, PROMPTS)
+    learner.score_statistics, learner.value_statistics = (0.5, 2.0), (-0.25, 4.0)
+    experience = collect(learner, PROMPTS)
+    assert torch.equal(experience.scores, plain.scores)  # raw, as they are logged
+    mask = experience.rollout.mask
+    torch.testing.assert_close(experience.values[mask], (plain.values[mask] + 0.25) / 4)
+    metrics = learn(learner, experience)
+    assert metrics["objective/rlhf_reward"] == pytest.approx((plain.scores.mean().item() - 0.5) / 2)
+
+
+def test_models_share_a_budget_and_frozen_ones_cost_two_bytes_a_parameter(ranks):
+    budgets = {"device_budget": "1MB", "host_budget": "2MB"}
+    models, optimization = unplaced(), PPOOptimization()
+    options = {**options_of("zero3"), "precision": "bf16", **budgets}
+    placed = place(models, None, optimization, 1, ranks.device, options)
+    engines = [engine_of(model) for model in (placed["actor"].model, placed["critic"].model, placed["reference"])]
+    assert len({id(e.schedule._manager) for e in engines}) == 1
+    for frozen in (placed["reference"], placed["reward"]):
+        numel = sum(parameter.numel() for parameter in frozen.parameters())
+        assert 2 * numel <= engine.memory_report(frozen)["device"]["total"]["bytes"] <= 2 * numel * 1.01
+    with pytest.raises(engine.OutOfBudgetError):  # each alone would fit
+        place(unplaced(), None, optimization, 1, ranks.device, {**options, "device_budget": "0.3MB"})
 
 
 def test_a_rollout_differs_from_the_next_and_rows_from_each_other(ranks):

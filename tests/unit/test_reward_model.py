@@ -11,6 +11,7 @@ from megalith.rlhf.models import PRESETS, Source, build_on_meta
 from megalith.rlhf.reward_model import (
     build_reward_model,
     last_token_scores,
+    normalization,
     normalized,
     set_normalization,
 )
@@ -87,12 +88,12 @@ def test_transformers_reads_what_is_saved_and_scores_the_same(preset, tmp_path):
         torch.testing.assert_close(loaded(padded).logits[:, 0], model(ids)[:, -1], atol=1e-5, rtol=0)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert (saved["mean"], saved["std"]) == (0.25, 2.0)
-    assert normalized(torch.tensor([2.25]), loaded.config).item() == 1
+    assert normalized(torch.tensor([2.25]), normalization(loaded.config)).item() == 1
 
 
 def test_statistics_that_are_missing_are_an_error():  # R7
     with pytest.raises(InputError, match="no 'mean' and 'std'"):
-        normalized(torch.ones(1), PRESETS["llama-tiny"]())
+        normalization(PRESETS["llama-tiny"]())
 
 
 def test_dropout_is_off_even_in_training():  # P15

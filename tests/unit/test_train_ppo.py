@@ -91,14 +91,25 @@ def test_trained_models_judge_and_are_trained_on(folder, capsys):
     """The critic and the reward model come from a folder; the policy has adapters, and is its own reference."""
     train_ppo.main(command(folder, folder / "first"))
     before = load_file(folder / "first" / "actor" / "model.safetensors")
-    others = ["--rm_path", str(folder / "first" / "critic"), "--lora_rank", "2", "--strategy", "zero3", "--seed", "9"]
-    argv = command(folder, folder / "second", *others)
+    judge = folder / "first" / "critic"
+    others = ["--rm_path", str(judge), "--lora_rank", "2", "--strategy", "zero3", "--seed", "9"]
+    argv = command(folder, folder / "second", *others, "--missing_eos_penalty", "0")
     argv[argv.index("--pretrain") + 1] = str(folder / "first" / "actor")
+    with pytest.raises(SystemExit):
+        train_ppo.main(argv)
+    output = capsys.readouterr()
+    assert "has no 'mean' and 'std'" in output.err
+    config = json.loads((judge / "config.json").read_text())
+    (judge / "config.json").write_text(json.dumps({**config, "mean": 0.5, "std": 2.0}))
     train_ppo.main(argv)
-    printed = capsys.readouterr().out
+    printed = output.out + capsys.readouterr().out
     assert printed.count("warning: no --rm_path") == 1 and printed.count("reference: ") == 1
     rows = metrics(folder / "second")
     assert rows[0]["objective/kl"] == 0 and rows[1]["objective/kl"] != 0
+    assert rows[0]["objective/rlhf_reward"] == pytest.approx((rows[0]["objective/scores"] - 0.5) / 2, abs=1e-6)
+    train_ppo.main([*argv, "--normalize_reward", "false", "--max_timesteps", "1", "--save_path", str(folder / "raw")])
+    rows = metrics(folder / "raw")
+    assert rows[0]["objective/rlhf_reward"] == pytest.approx(rows[0]["objective/scores"], abs=1e-6)
     from peft import PeftModel
 
     base = AutoModelForCausalLM.from_pretrained(folder / "first" / "actor", local_files_only=True)
