@@ -135,7 +135,7 @@ def _actor_gradients(learner, experience, micros, advantages, scale, kl_weight, 
         learner.actor.optimizer.backward(loss * scale)
         sums += torch.stack([x.detach().double().cpu() for x in (*policy, ref_kl)])
         drift = max(drift, _largest((logprobs.detach() - old).abs()[micro.mask]))
-    names = ("policy", "approx_kl", "clipped", "ratio", "ratio_squared", "ref_kl")
+    names = ("policy", "approx_kl", "clipped", "excess", "excess_squared", "ref_kl")
     return {**dict(zip(names, sums.tolist(), strict=True)), "drift": drift}
 
 
@@ -224,7 +224,7 @@ def _outcome(learner, totals):
     """Metrics of the updates, from sums over all of them."""
     tokens = max(totals.get("tokens", 0), 1)
     mean = {name: value / tokens for name, value in totals.items()}
-    ratio = mean.get("ratio", 0.0)
+    excess = mean.get("excess", 0.0)  # of the probability ratio over 1
     of_critic = {}
     if learner.critic is not None:
         of_critic = {
@@ -238,8 +238,8 @@ def _outcome(learner, totals):
         "loss/policy_avg": mean.get("policy", 0.0),
         "loss/kl_avg": mean.get("ref_kl", 0.0),
         **({"loss/ptx": learner.ptx.loss} if learner.ptx is not None else {}),
-        "val/ratio": ratio,
-        "val/ratio_var": max(mean.get("ratio_squared", 0.0) - ratio**2, 0.0),
+        "val/ratio": 1 + excess,
+        "val/ratio_var": max(mean.get("excess_squared", 0.0) - excess**2, 0.0),
         "grad_norm": learner.actor.optimizer.grad_norm,
         **of_critic,
     }

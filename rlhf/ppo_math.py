@@ -81,8 +81,8 @@ class PolicyLoss(NamedTuple):
     loss: torch.Tensor  # the rest are sums over tokens for logs, without gradients
     approx_kl: torch.Tensor
     clipped: torch.Tensor
-    ratio: torch.Tensor
-    ratio_squared: torch.Tensor
+    excess: torch.Tensor  # ρ - 1: its square keeps the digits that the square of ρ loses
+    excess_squared: torch.Tensor
 
 
 def policy_loss_sum(logprobs, old_logprobs, advantages, mask, clip=0.2):
@@ -99,8 +99,8 @@ def policy_loss_sum(logprobs, old_logprobs, advantages, mask, clip=0.2):
     with torch.no_grad():
         approx_kl = (log_ratio.expm1() - log_ratio).sum()
         hit = (clipped > plain).sum()
-        sums = ratio.sum(), ratio.square().sum()
-    return PolicyLoss(torch.maximum(plain, clipped).sum(), approx_kl, hit, *sums)
+        excess = log_ratio.double().expm1()
+    return PolicyLoss(torch.maximum(plain, clipped).sum(), approx_kl, hit, excess.sum(), excess.square().sum())
 
 
 class ValueLoss(NamedTuple):

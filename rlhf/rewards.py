@@ -34,16 +34,16 @@ def load_function(name):
     return function
 
 
-def http_reward(url):
+def http_reward(url, timeout_s=HTTP_TIMEOUT_S):
     """A reward function that asks a server: POST {"query": [prompt + completion], "prompts": […], "completions": […]},
-    answered by {"rewards": [number]}."""
+    answered by {"rewards": [number]}. RuntimeError where it fails, or says nothing for `timeout_s`."""
 
     def reward(prompts, completions):
         query = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         body = json.dumps({"query": query, "prompts": prompts, "completions": completions}).encode()
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=HTTP_TIMEOUT_S) as response:
+            with urllib.request.urlopen(request, timeout=timeout_s) as response:
                 answer = json.load(response)
         except (urllib.error.URLError, TimeoutError, json.JSONDecodeError) as error:
             raise RuntimeError(f"the reward server {url} failed: {error}") from None

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from transformers.hf_argparser import HfArg
 
 from .. import engine
-from .decoding import generate
+from .decoding import Decoder, generate
 from .errors import require
 from .prompts import Prompt
 from .sampling import SamplingOptions
@@ -210,14 +210,20 @@ def sample(learner, prompts, rows):
         for row, prompt in zip(rows, prompts, strict=True)
     ]
     gathers = _gathers(args.gather_for_generation, model, ranks)
+    all_done = None if gathers or ranks.world_size == 1 else _agreement(ranks)
     with engine.gathered(model) if gathers else nullcontext():
-        answers = generate(
-            model,
-            [prompt.ids for prompt in prompts],
-            options,
-            batch_size=args.experience_batch_size,
-            all_done=None if gathers or ranks.world_size == 1 else _agreement(ranks),
-        )
+        try:
+            answers = generate(
+                model,
+                [prompt.ids for prompt in prompts],
+                options,
+                batch_size=args.experience_batch_size,
+                all_done=all_done,
+            )
+        except FloatingPointError:  # of this rank's answers alone: the others still gather weights with it
+            while all_done is not None and not all_done(True):
+                Decoder(model).idle()
+            raise
     return [Answer(answer.tokens, answer.logprobs, answer.finish_reason == "stop") for answer in answers]
 
 
