@@ -6,6 +6,7 @@ real ones, so both go through one parser, with one set of types, aliases and err
 
 import argparse
 import dataclasses
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +23,8 @@ class ModelArguments:
     """What is trained."""
 
     pretrain: str = HfArg(
-        help="folder in Hugging Face layout (read offline), or the name of a preset with random weights"
+        help="folder in Hugging Face layout (read offline), of a model or of PEFT's adapters (merged into their base "
+        "first), or the name of a preset with random weights"
     )
     model: Literal["auto", "llama", "gpt2", "opt", "bloom"] = HfArg(
         default="auto", help="family that --pretrain has to be of; auto takes any causal language model"
@@ -159,6 +161,8 @@ class OutputArguments:
             _require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
         for name in ("eval_interval", "save_interval"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        if self.wandb_project and importlib.util.find_spec("wandb") is None:
+            raise InputError(f"--wandb_project {self.wandb_project}: wandb is not installed: pip install wandb")
 
 
 def _flags_of(field):

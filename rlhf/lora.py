@@ -6,13 +6,17 @@ weights from their folder under the old names (`stored_name`); the adapters have
 """
 
 import contextlib
+import fcntl
+import os
+import shutil
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from .. import engine
@@ -21,6 +25,7 @@ from .errors import InputError
 ADAPTER = "default"  # PEFT's name of a model's first adapter
 NEW_PARAMETERS = ("*.lora_A.*", "*.lora_B.*")  # what a folder of base weights lacks
 HEAD = "score"
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 
 
 def add_adapters(model, lora_args, seed):
@@ -97,7 +102,7 @@ def save_adapter(folder, model, base_folder, is_first):
         config = model.peft_config[ADAPTER]
         config.base_model_name_or_path = base_folder
         config.save_pretrained(folder)
-        save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, Path(folder) / WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def merged_weights(model):
@@ -116,3 +121,66 @@ def merged_weights(model):
             delta *= layer.scaling[ADAPTER]
             weight = (weight.float() + (delta.T if layer.fan_in_fan_out else delta)).to(weight.dtype)
         yield stored_name(name), weight
+
+
+# A folder of adapters as a model
+
+
+def holds_adapters(folder):
+    """Whether `folder` is an adapter's, as PEFT writes it, and no model's."""
+    return (Path(folder) / CONFIG_NAME).is_file() and not (Path(folder) / "config.json").is_file()
+
+
+def merged_folder(folder):
+    """The subfolder `merged` of an adapter's folder: the base model with the adapters in its weights, and a tokenizer.
+
+    It is written once, by the first process on the machine that asks (the others wait for it), and again after the
+    adapters changed. PEFT reads the base model, which is in memory as a whole meanwhile. Raises InputError for whatever
+    is missing, or does not fit together.
+    """
+    folder = Path(folder)
+    weights, merged = folder / WEIGHTS_NAME, folder / "merged"
+    if not weights.is_file():
+        raise InputError(f"{folder}: holds {CONFIG_NAME} and no {WEIGHTS_NAME} (pickled adapters are not read)")
+    try:
+        lock = os.open(folder / ".merging", os.O_CREAT | os.O_RDWR, 0o600)
+    except OSError as error:
+        raise InputError(f"{folder}: the merged model cannot be written into the adapter's folder: {error}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (merged / "config.json").is_file() or merged.stat().st_mtime_ns < weights.stat().st_mtime_ns:
+            partial = folder / "merging"
+            shutil.rmtree(partial, ignore_errors=True)  # left by an interrupted run
+            _merge(folder, partial)
+            shutil.rmtree(merged, ignore_errors=True)
+            os.replace(partial, merged)
+    finally:
+        os.close(lock)
+    return str(merged)
+
+
+def _merge(folder, target):
+    config = PeftConfig.from_pretrained(str(folder))
+    base = config.base_model_name_or_path
+    if not base or not Path(base).is_dir():
+        raise InputError(
+            f"{folder}: holds adapters of the model {base!r}, and there is no such folder: put the base model there, "
+            f"or correct base_model_name_or_path in {CONFIG_NAME}"
+        )
+    options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False, "dtype": "auto"}
+    try:
+        if config.task_type == "SEQ_CLS":
+            model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(base, **options)
+        model = PeftModel.from_pretrained(model, str(folder))
+        unused = load_file(folder / WEIGHTS_NAME).keys() ^ get_peft_model_state_dict(model).keys()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"{folder}: its adapters cannot be put into {base}: {error}") from None
+    if unused:
+        raise InputError(
+            f"{folder}: {sorted(unused)[0]} and {len(unused) - 1} others are not in both, adapters and {base}"
+        )
+    model.merge_and_unload().save_pretrained(target)
+    named = folder if (folder / "tokenizer_config.json").is_file() else base
+    AutoTokenizer.from_pretrained(named, local_files_only=True).save_pretrained(target)

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from .errors import InputError, nearest
+from .lora import holds_adapters, merged_folder
 from .tokenizer import byte_tokenizer, load_tokenizer
 
 
@@ -122,6 +123,8 @@ def load_source(model_args):
 
 
 def _from_folder(folder, tokenizer_folder):
+    if holds_adapters(folder):
+        folder = merged_folder(folder)
     if not os.path.isfile(os.path.join(folder, "config.json")):
         raise InputError(f"--pretrain {folder}: has no config.json")
     if not any(Path(folder).glob("*.safetensors")):

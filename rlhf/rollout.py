@@ -209,22 +209,23 @@ def sample(learner, prompts, rows):
         )
         for row, prompt in zip(rows, prompts, strict=True)
     ]
-    gathers = _gathers(args.gather_for_generation, model, ranks)
+    prompts = [prompt.ids for prompt in prompts]
+    answers = generate_on_ranks(model, prompts, options, args.experience_batch_size, ranks, args.gather_for_generation)
+    return [Answer(answer.tokens, answer.logprobs, answer.finish_reason == "stop") for answer in answers]
+
+
+def generate_on_ranks(model, prompts, options, batch_size, ranks, gather="auto"):
+    """`decoding.generate` on every rank, each with prompts of its own, of a model that the engine shards. A collective;
+    `gather` as in RolloutArguments."""
+    gathers = _gathers(gather, model, ranks)
     all_done = None if gathers or ranks.world_size == 1 else _agreement(ranks)
     with engine.gathered(model) if gathers else nullcontext():
         try:
-            answers = generate(
-                model,
-                [prompt.ids for prompt in prompts],
-                options,
-                batch_size=args.experience_batch_size,
-                all_done=all_done,
-            )
+            return generate(model, prompts, options, batch_size=batch_size, all_done=all_done)
         except FloatingPointError:  # of this rank's answers alone: the others still gather weights with it
             while all_done is not None and not all_done(True):
                 Decoder(model).idle()
             raise
-    return [Answer(answer.tokens, answer.logprobs, answer.finish_reason == "stop") for answer in answers]
 
 
 def _agreement(ranks):

@@ -1,4 +1,4 @@
-"""`samples.jsonl`: a few answers of every iteration, to read what the numbers mean."""
+"""`samples.jsonl`: a few answers of every iteration or evaluation, to read what the numbers mean."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,12 @@ class SamplesLog:
                 "length": len(answer.ids),
                 "truncated": not answer.stopped,
             }
-            self._file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+            self.write_row(sample)
+
+    def write_row(self, row):
+        """One row: a dict with a `step`."""
+        if self._file is not None:
+            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def close(self):
         if self._file is not None:

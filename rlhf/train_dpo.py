@@ -24,7 +24,9 @@ from .arguments import (
     parse,
 )
 from .batches import deal, split
+from .decoding import evaluating
 from .errors import InputError, exit_on_input_error
+from .eval_samples import comparison_samples
 from .logprobs import token_logprobs
 from .lora import adapters_off, add_adapters
 from .losses import ranking_loss_sum, ranking_metrics
@@ -81,10 +83,11 @@ def implicit_rewards(policy, reference, comparisons, beta, pad, device):
 def evaluate(policy, reference, comparisons, deal_to, beta, pad, device):
     """Mean loss, accuracy and margin over comparisons; `deal_to`: (rank, world_size, batch_size)."""
     totals = torch.zeros(3, dtype=torch.float64, device=device)
-    for micro_batch in deal(comparisons, *deal_to):
-        rewards, pairs = implicit_rewards(policy, reference, micro_batch, beta, pad, device)
-        numbers = [ranking_loss_sum(rewards, pairs), *ranking_metrics(rewards, pairs).values()]
-        totals += torch.stack([number.double() for number in numbers])
+    with evaluating(policy):
+        for micro_batch in deal(comparisons, *deal_to):
+            rewards, pairs = implicit_rewards(policy, reference, micro_batch, beta, pad, device)
+            numbers = [ranking_loss_sum(rewards, pairs), *ranking_metrics(rewards, pairs).values()]
+            totals += torch.stack([number.double() for number in numbers])
     dist.all_reduce(totals)
     names = ("eval_loss", "eval_accuracy", "eval_margin")
     return {name: total / len(comparisons) for name, total in zip(names, totals.tolist(), strict=True)}
@@ -117,8 +120,18 @@ def train(model_args, lora_args, strategy_args, data_args, optim_args, output_ar
         if not lora_args.lora_rank:
             reference, _ = load_into_engine(build().requires_grad_(False), None, source, preparation)
         deal_to = (ranks.rank, ranks.world_size, optim_args.batch_size)
+
+        def log_evaluation():
+            samples = comparison_samples(
+                policy,
+                held_out,
+                source.tokenizer,
+                lambda shown: implicit_rewards(policy, reference, shown, beta, pad, device)[0],
+            )
+            run.log_evaluation(evaluate(policy, reference, held_out, deal_to, beta, pad, device), samples)
+
         if held_out and run.step == 0:
-            run.log_evaluation(evaluate(policy, reference, held_out, deal_to, beta, pad, device))
+            log_evaluation()
 
         for window in run.windows():
             sums = {name: torch.zeros((), device=device) for name in ("loss", "accuracy", "margin")}
@@ -131,7 +144,7 @@ def train(model_args, lora_args, strategy_args, data_args, optim_args, output_ar
                     sums[name] += value
             run.finish_step(window, sums, window.rows)
             if held_out and run.evaluates_now:
-                run.log_evaluation(evaluate(policy, reference, held_out, deal_to, beta, pad, device))
+                log_evaluation()
             run.save_if_due()
         run.finish(source, lora_args, build)
 

@@ -27,6 +27,7 @@ from .arguments import (
 )
 from .batches import deal, split
 from .errors import InputError, exit_on_input_error
+from .eval_samples import comparison_samples
 from .lora import add_adapters
 from .losses import ranking_loss_sum, ranking_metrics
 from .models import load_source
@@ -131,8 +132,15 @@ def train(model_args, lora_args, strategy_args, data_args, optim_args, output_ar
             model, source, comparisons, ranks, preparation, optim_args, output_args, groups, found.fingerprint()
         )
         deal_to = (ranks.rank, ranks.world_size, optim_args.batch_size)
+
+        def log_evaluation():
+            samples = comparison_samples(
+                model, held_out, source.tokenizer, lambda shown: score(model, shown, pad, device)[0]
+            )
+            run.log_evaluation(evaluate(model, held_out, deal_to, pad, device, reward_args), samples)
+
         if held_out and run.step == 0:
-            run.log_evaluation(evaluate(model, held_out, deal_to, pad, device, reward_args))
+            log_evaluation()
 
         for window in run.windows():
             sums = {"loss": torch.zeros((), device=device)}
@@ -146,7 +154,7 @@ def train(model_args, lora_args, strategy_args, data_args, optim_args, output_ar
                     sums[name] += value
             run.finish_step(window, sums, window.rows)
             if held_out and run.evaluates_now:
-                run.log_evaluation(evaluate(model, held_out, deal_to, pad, device, reward_args))
+                log_evaluation()
             run.save_if_due()
 
         # The statistics by which PPO normalises scores, of answers that were not trained on where there are any.

@@ -25,6 +25,7 @@ from .arguments import (
 from .batches import deal, fit, language_model_inputs, split
 from .data import read_conversations
 from .errors import InputError, exit_on_input_error
+from .eval_samples import answer_samples
 from .lora import add_adapters
 from .losses import completion_loss_sum
 from .models import build_on_meta, load_source
@@ -95,8 +96,13 @@ def train_on(samples, held_out, fingerprint, model, source, ranks, preparation, 
     pad, device = pad_id(source.tokenizer), preparation.device
     run = TrainingRun(model, source, samples, ranks, preparation, optim_args, output_args, groups, fingerprint)
     deal_to = (ranks.rank, ranks.world_size, optim_args.batch_size)
+
+    def log_evaluation():
+        samples = answer_samples(model, held_out, source.tokenizer, ranks)
+        run.log_evaluation(evaluate(model, held_out, deal_to, pad, device), samples)
+
     if held_out and run.step == 0:
-        run.log_evaluation(evaluate(model, held_out, deal_to, pad, device))
+        log_evaluation()
 
     for window in run.windows():
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -107,7 +113,7 @@ def train_on(samples, held_out, fingerprint, model, source, ranks, preparation, 
             loss_sum += loss.detach()
         run.finish_step(window, {"loss": loss_sum}, window.loss_tokens)
         if held_out and run.evaluates_now:
-            run.log_evaluation(evaluate(model, held_out, deal_to, pad, device))
+            log_evaluation()
         run.save_if_due()
     return run
 

@@ -17,6 +17,7 @@ from .arguments import resolved, write_config
 from .batches import steps_per_epoch, windows
 from .metrics import MetricsLog, PeakMemory, Throughput, memory_table
 from .models import decay_groups
+from .samples import SamplesLog
 from .strategy import check_world_size, choose_device, engine_options
 
 
@@ -97,6 +98,7 @@ class TrainingRun:
             output_args.wandb_project,
             resolved(groups),
         )
+        self._samples_log = SamplesLog(self.save_path, ranks.is_first, self.step)
         self._start_interval()
 
     def _resume(self, checkpoint):
@@ -158,8 +160,11 @@ class TrainingRun:
         interval = self._output_args.eval_interval
         return self.step in (0, self.total_steps) or bool(interval and self.step % interval == 0)
 
-    def log_evaluation(self, numbers):
+    def log_evaluation(self, numbers, samples=()):
+        """`numbers` for metrics.jsonl, and held-out rows as dicts for samples.jsonl."""
         self._log.write({"step": self.step, **numbers})
+        for sample in samples:
+            self._samples_log.write_row({"step": self.step, **sample})
 
     def save_if_due(self):
         if not (self._output_args.save_interval and self.step % self._output_args.save_interval == 0):
@@ -179,6 +184,7 @@ class TrainingRun:
     def finish(self, source, lora_args, build):
         """Write the model and its tokenizer; `build()` makes the model without adapters, on meta."""
         self._log.close()
+        self._samples_log.close()
         save_model(self.save_path, self.model, source, lora_args, build, self.ranks)
         if self.ranks.is_first:
             print(memory_table(engine.memory_report(self.model)))

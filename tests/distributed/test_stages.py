@@ -41,8 +41,8 @@ def data(tmp_path_factory):
 def options(stage, data, save_path, steps=6, **others):
     given = f"{COMMON} --save_path {save_path} --batch_size 4 --accumulation_steps 2 --max_steps {steps} --max_len 48 "
     given += {
-        "pretrain": f"--dataset {data['texts']}",
-        "sft": f"--dataset {data['answers']} --prompt_format plain --packing --lora_rank 4",
+        "pretrain": f"--dataset {data['texts']} --eval_fraction 0.25",
+        "sft": f"--dataset {data['answers']} --prompt_format plain --packing --lora_rank 4 --eval_fraction 0.1",
         "rm": f"--dataset {data['pairs']} --prompt_format plain --eval_fraction 0.25",
         "dpo": f"--dataset {data['pairs']} --prompt_format plain",
     }[stage]
@@ -64,10 +64,34 @@ def test_it_learns_and_a_restart_in_the_middle_gives_the_same_bits(stage, data, 
     )
     MAINS[stage]([*options(stage, data, resumed, save_interval=3), "--resume"])
     assert metrics(resumed) == metrics(whole)
+    assert (resumed / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
     name = "adapter_model.safetensors" if stage == "sft" else "model.safetensors"
     one, other = load_file(whole / name), load_file(resumed / name)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_samples_show_what_the_numbers_mean(data, tmp_path):
+    others = {"steps": 2, "eval_interval": 1}
+    train_sft.main(options("sft", data, tmp_path / "sft", **others))
+    rows = read_samples(tmp_path / "sft")
+    assert [row["step"] for row in rows] == [0] * 4 + [1] * 4 + [2] * 4
+    assert rows[0]["reference"] == rows[0]["prompt"] + "<|endoftext|>" and "answer" in rows[0]
+    train_pretrain.main(options("pretrain", data, tmp_path / "pretrain", **others))
+    texts = {json.loads(line)["text"] + "<|endoftext|>" for line in data["texts"].read_text().splitlines()}
+    assert {row["prompt"] + row["reference"] for row in read_samples(tmp_path / "pretrain")} <= texts
+    train_rm.main(options("rm", data, tmp_path / "rm", **others))
+    rows = read_samples(tmp_path / "rm")
+    chosen, rejected = rows[-1]["answers"]
+    assert chosen["text"] == rows[-1]["prompt"] + "<|endoftext|>" and (chosen["rank"], rejected["rank"]) == (0, 1)
+    margins = [row["answers"][0]["score"] - row["answers"][1]["score"] for row in rows if row["step"] == 2]
+    assert len(margins) == 4 and len(set(margins)) > 1
+    train_dpo.main([*options("dpo", data, tmp_path / "dpo", **others), "--eval_fraction", "0.25"])
+    assert {answer["score"] for row in read_samples(tmp_path / "dpo")[:4] for answer in row["answers"]} == {0.0}
+
+
+def read_samples(folder):
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
 
 
 def test_two_ranks_with_adapters_are_one_rank_of_the_same_reward_model(data, tmp_path):

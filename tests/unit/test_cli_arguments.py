@@ -1,11 +1,12 @@
 """Options: YAML under flags, aliases, and mistakes answered with the nearest name."""
 
+import importlib.util
 import sys
 
 import pytest
 import yaml
 from megalith.rlhf import cli
-from megalith.rlhf.arguments import parse, write_config
+from megalith.rlhf.arguments import OutputArguments, parse, write_config
 from megalith.rlhf.errors import InputError
 from megalith.rlhf.train_sft import GROUPS
 
@@ -125,3 +126,10 @@ def test_packages_that_only_the_server_needs_are_named(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main(["serve", "llama-tiny"])
     assert "uvicorn is not installed: pip install 'megalith[serve]'" in capsys.readouterr().err
+
+
+def test_wandb_is_asked_for_where_it_is_missing(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="wandb is not installed: pip install wandb"):
+        OutputArguments(wandb_project="x")
+    assert OutputArguments().wandb_project is None

@@ -1,14 +1,16 @@
 """LoRA over the engine: base weights frozen to the bit, adapters by their own rules, PEFT's files, merging."""
 
 import copy
+import json
+import os
 
 import pytest
 import torch
 from megalith import engine
 from megalith.rlhf import lora, reward_model
-from megalith.rlhf.arguments import LoraArguments
+from megalith.rlhf.arguments import LoraArguments, ModelArguments
 from megalith.rlhf.errors import InputError
-from megalith.rlhf.models import PRESETS, Source, build_on_meta
+from megalith.rlhf.models import PRESETS, Source, build_on_meta, load_source
 from megalith.rlhf.reward_model import build_reward_model
 from megalith.rlhf.tokenizer import byte_tokenizer
 from peft import PeftModel
@@ -133,3 +135,45 @@ def test_layers_that_cannot_be_adapted_are_named(targets):
     source = Source(PRESETS["llama-tiny"](), byte_tokenizer(), None)
     with pytest.raises(InputError, match=f"--lora_target_modules {targets}"):
         lora.add_adapters(build_on_meta(source), LoraArguments(lora_rank=2, lora_target_modules=targets), 0)
+
+
+@pytest.mark.parametrize("build", [build_on_meta, build_reward_model])
+def test_a_folder_of_adapters_is_read_as_its_base_with_them_merged(build, tmp_path):
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    source = base_folder("llama-tiny", base)
+    model, optimizer = adapted(build, source, base)
+    source.tokenizer.save_pretrained(base)
+    for _ in range(2):  # what is merged follows the adapters
+        train(model, optimizer)
+        with torch.no_grad():
+            learned = output(model)
+        lora.save_adapter(folder, model, str(base), is_first=True)
+        found = load_source(ModelArguments(pretrain=str(folder)))
+        read, _ = engine.initialize(build(found).requires_grad_(False), None, pretrained=found.folder, device="cpu")
+        with torch.no_grad():
+            torch.testing.assert_close(output(read), learned, atol=1e-5, rtol=0)
+    assert found.tokenizer.get_vocab() == source.tokenizer.get_vocab()
+    written = os.stat(found.folder).st_mtime_ns
+    assert load_source(ModelArguments(pretrain=str(folder))).folder == found.folder == str(folder / "merged")
+    assert os.stat(found.folder).st_mtime_ns == written
+
+
+def test_what_a_folder_of_adapters_lacks_is_named(tmp_path):
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    source = base_folder("llama-tiny", base)
+    model, _ = adapted(build_on_meta, source, base)
+    lora.save_adapter(folder, model, str(tmp_path / "gone"), is_first=True)
+    with pytest.raises(InputError, match="holds adapters of the model '.*gone', and there is no such folder"):
+        load_source(ModelArguments(pretrain=str(folder)))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(base)
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "r": 8}))
+    with pytest.raises(InputError, match="cannot be put into"):
+        load_source(ModelArguments(pretrain=str(folder)))
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["q_proj"]}))
+    with pytest.raises(InputError, match="and 23 others are not in both"):
+        load_source(ModelArguments(pretrain=str(folder)))
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(InputError, match="no adapter_model.safetensors"):
+        load_source(ModelArguments(pretrain=str(folder)))
+    assert not (folder / "merged").exists()
