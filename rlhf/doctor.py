@@ -21,6 +21,7 @@ from .arguments import LoraArguments
 from .doctor_run import Setting, run
 from .doctor_tasks import Task
 from .errors import exit_on_input_error
+from .learner import PPOArguments
 from .strategy import process_group
 
 
@@ -62,6 +63,9 @@ def checks():
     counting, trade, stopping = tasks.count(), tasks.count(vocab=8, new_tokens=4), tasks.stop()
     gentle = tasks.count(vocab=8, new_tokens=4, beta=0.1)
     delayed, soft = tasks.delayed(), tasks.delayed(beta=0.2)
+    valued = tasks.values()
+    critic_alone = PPOArguments(ppo_epochs=4, train_batch_size=128, critic_warmup=valued.iterations, lam=1.0)
+    known = 1 - 1 / valued.new_tokens  # share of the returns' variance
     short = replace(trade, iterations=12)
     lora = Setting(lora_args=LoraArguments(lora_rank=4, lora_target_modules="c_attn,c_fc,c_proj,lm_head"), lr=1e-2)
     start = 1 / short.vocab  # E[r] of the uniform policy
@@ -78,6 +82,8 @@ def checks():
         Check("delayed credit β .2: off P*", soft, lambda m: abs(m.reward - soft.optimum.reward), lambda v: v <= 0.05,
               "≤ 0.05"),
         Check("delayed credit: critic explains", delayed, lambda m: m.explained_variance, lambda v: v > 0.5, "> 0.50"),
+        Check("values: off what can be explained", valued, lambda m: abs(m.explained_variance - known),
+              lambda v: v <= 0.15, "≤ 0.15", Setting(ppo=critic_alone), quick=True),
         Check("LoRA rank 4: J / J*", trade, objective_share(trade), lambda v: v >= 0.8, "≥ 0.80", lora),
         Check("ZeRO-3 on the host: off the curve", trade, distance_from_curve(trade), lambda v: v <= 0.1, "≤ 0.10",
               Setting(strategy="zero3_cpu")),

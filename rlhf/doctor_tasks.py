@@ -129,3 +129,10 @@ def delayed(vocab=16, new_tokens=8, beta=0.05, **others):
 
     optimum = bernoulli_optimum(1 / vocab, beta)
     return Task("delayed credit", "llama", vocab, new_tokens, beta, reward, optimum, **others)
+
+
+def values(vocab=4, new_tokens=2, iterations=12, **others):
+    """Delayed credit for a critic alone, beside a policy that stays uniform: V is P(GOOD) before the first token and
+    the reward itself after it, so that 1 - 1/T of the returns' variance can be explained. A critic that reads its
+    values one token later explains all of it, one token earlier less."""
+    return delayed(vocab, new_tokens, iterations=iterations, **others)
