@@ -43,6 +43,10 @@ class Task:
     episodes: int = 128
     lr: float = 4e-3
 
+    def rewards(self, prompts, completions):
+        """Of lists of answers."""
+        return [self.reward(list(p), list(c)) for p, c in zip(prompts, completions, strict=True)]
+
     def config(self):
         width, layers, heads = 64, 2, 4
         if self.family == "gpt2":
@@ -73,6 +77,15 @@ def additive_optimum(probability, count, beta):
     """Of a reward that is a mean of `count` independent such rewards: each is a problem of its own at β · count."""
     one = bernoulli_optimum(probability, beta * count)
     return Optimum(one.objective, one.reward, (one.reward - one.objective) / beta)
+
+
+def price_of(task_of, kl):
+    """The β at which the optimum of `task_of(beta)` has this KL, by bisection: KL falls as β rises."""
+    low, high = 1e-3, 10.0
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if task_of(middle).optimum.kl > kl else (low, middle)
+    return low
 
 
 # Tasks

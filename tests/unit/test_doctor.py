@@ -3,11 +3,14 @@
 import itertools
 import math
 import types
+from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from megalith.rlhf import doctor_run, doctor_tasks
+from megalith.rlhf import doctor, doctor_commands, doctor_ptx, doctor_run, doctor_tasks
+from megalith.rlhf.doctor_checks import Check, Trial
 from megalith.rlhf.doctor_run import Setting, build_learner, run
 
 RANKS = types.SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"), is_first=True)
@@ -46,11 +49,84 @@ def test_ppo_reaches_the_optimum():
     ("setting", "holds"),
     [
         (Setting(lr=0.0), lambda m: abs(m.kl) < 1e-6),
-        (Setting(reward=lambda prompt, completion: 1.0), lambda m: m.kl < 0.05),
-        (Setting(reward=lambda prompt, completion: -TRADE.reward(prompt, completion)), lambda m: m.reward < 1 / 8),
+        (Setting(judge=lambda prompts, completions: [1.0] * len(completions)), lambda m: m.kl < 0.05),
+        (Setting(judge=lambda *given: [-reward for reward in TRADE.rewards(*given)]), lambda m: m.reward < 1 / 8),
         (Setting(beta=10.0), lambda m: m.kl < 0.01),
     ],
     ids=["rate 0", "constant reward", "negated reward", "β 10"],
 )
 def test_controls_do_not_learn(setting, holds):
     assert holds(run(replace(TRADE, iterations=4), 0, RANKS, setting))
+
+
+def test_the_price_of_a_kl():
+    price = doctor_tasks.price_of(lambda beta: doctor_tasks.count(vocab=8, new_tokens=4, beta=beta), 4.0)
+    assert doctor_tasks.count(vocab=8, new_tokens=4, beta=price).optimum.kl == pytest.approx(4.0, rel=1e-9)
+
+
+# Stages, one after the other
+
+
+def test_the_optimum_of_the_pipeline_is_that_of_enumeration():
+    weights, longest, beta = np.array([0.3, -0.4, 1.1]), 3, 0.7
+    answers = []
+    for ids in itertools.product(range(3), repeat=longest):
+        answers.append((1, *itertools.takewhile(lambda letter: letter != 0, ids), *([0] if 0 in ids else [])))
+    share = {answer: count / 27 for answer, count in Counter(answers).items()}
+    rewards = {answer: doctor_commands.true_reward(weights, np.array(answer)) for answer in share}
+    objective = beta * math.log(sum(share[a] * math.exp(rewards[a] / beta) for a in share))
+    reference = sum(share[a] * rewards[a] for a in share)
+    expected = (pytest.approx(objective, rel=1e-9), pytest.approx(reference, rel=1e-9))
+    assert doctor_commands.pipeline_optimum(weights, beta, longest) == expected
+
+
+def test_preferences_a_reward_model_and_ppo():
+    steps = []
+    measured = doctor_commands.pipeline(0, steps.append, pairs=500, iterations=2)
+    assert sum(steps) == 4
+    assert measured.accuracy_of_bayes > 0.8
+    assert 0 < measured.gain_share < 1
+
+
+def test_walks():
+    edges = doctor_commands.graph(np.random.default_rng(0))
+    shortest = doctor_commands.distances(edges)
+    assert set(shortest) == set(range(1, doctor_commands.NODES + 1))
+    for node, steps in shortest.items():
+        following = [shortest[other] for other in np.flatnonzero(edges[node])]
+        assert node == doctor_commands.GOAL or min(following) == steps - 1
+
+    edges = np.zeros((4, 4), dtype=bool)
+    edges[2, 1] = edges[3, 2] = edges[2, 3] = True
+    score = {1: 0, 2: 1, 3: 2}
+    walks = {(3, 2, 1, 0): 1.0, (2, 3, 2, 1, 0): 1 / 3, (3, 1, 0): 0.0, (3, 2, 0): 0.0, (3, 2, 1): 0.0, (3, 0): 0.0}
+    assert {walk: doctor_commands.optimality(edges, score, walk) for walk in walks} == walks
+
+
+def test_the_corpus_of_ptx_is_learned_first():
+    counting = [doctor_ptx._sample([(first + step) % 8 for step in range(5)]) for first in range(3, 8)]
+    model = doctor_ptx._pretrained(counting, seed=0)
+    assert doctor_ptx._loss(model, counting) < 0.2
+    logprobs, _ = doctor_run.enumerated(doctor_ptx.TASK, model)
+    entropy = -(logprobs.exp() * logprobs).sum().item()
+    assert entropy > 0.9 * 4 * math.log(8)  # after the prompt, anything
+
+
+# The command
+
+
+def test_a_line_that_is_missed_is_told_and_is_the_exit_status(monkeypatch, capsys):
+    trial = Trial(2, lambda seed, progress: progress(2) or 0.5 + seed)
+    good, bad = Check("reached", trial, float, 1.0, 1.5, True), Check("missed", trial, float, 1.0)
+    monkeypatch.setattr(doctor, "checks", lambda: [good, bad])
+    with pytest.raises(SystemExit) as caught:
+        doctor.main([])
+    printed = capsys.readouterr().out
+    assert caught.value.code == 1 and "1 of 2 checks pass" in printed
+    rows = {line.split()[0]: line.split() for line in printed.splitlines()}
+    assert rows["reached"][1:] == ["1.5", "0.5", "to", "2.5", "1.5", "≥", "1", "pass"]
+    assert rows["missed"][1:] == ["1.5", "0.5", "to", "2.5", "≤", "1", "FAIL"]
+    doctor.main(["--only", "reach"])
+    with pytest.raises(SystemExit):
+        doctor.main(["--only", "nothing"])
+    assert "no check has this in its name" in capsys.readouterr().err
