@@ -3,6 +3,7 @@
     python -m megalith.bench.ppo --model s --strategy colossalai_gemini_cpu --experience_batch_size 1
     python -m megalith.bench.ppo --model xl --strategy colossalai_zero2 --plan
     python -m megalith.bench.ppo --model s --strategy torch gemini_cpu --json record.json      # side by side
+    python -m megalith.bench.ppo --recipe trl --trl_python ../peers/bin/python                 # see ppo_trl
 
 Actor and critic have the same size, the reward model and the reference theirs too. `torch` is the baseline: four plain
 models and torch's AdamW under the same loop. The first round warms up and is not counted. Answers have a forced length.
@@ -31,7 +32,7 @@ from ..rlhf.prompts import Prompt
 from ..rlhf.rollout import RolloutArguments
 from ..rlhf.strategy import choose_device, engine_options, process_group
 from ..rlhf.tokenizer import byte_tokenizer
-from . import report
+from . import ppo_trl, report
 
 PRESETS = {  # width, layers, heads
     "tiny": (64, 2, 4),  # not in the announcement: tries the benchmark itself
@@ -241,9 +242,12 @@ def why_it_cannot_fit(totals, device):
 
 
 def run(args):
-    device = choose_device(args.device)
+    device = choose_device("cpu" if args.recipe == "trl" else args.device)
     if args.precision == "auto":
         args.precision = "bf16" if device.type == "cuda" else "fp32"
+    if args.recipe == "trl":
+        ppo_trl.run(args)
+        return
     rows = []
     with process_group(device) as ranks:
         for strategy in args.strategy:  # peaks are the process's: measure memory one strategy a run
@@ -297,7 +301,7 @@ def parse_args(argv):
         default=["gemini_cuda"],
         help="ddp, zero2, zero3, gemini_{cuda,cpu,auto,nvme}, torch, …; with several, memory peaks are of the process",
     )
-    parser.add_argument("--recipe", choices=list(RECIPES), default="announcement")
+    parser.add_argument("--recipe", choices=[*RECIPES, "trl"], default="announcement")
     parser.add_argument("--prompt_tokens", type=int, help="instead of the recipe's")
     parser.add_argument("--new_tokens", type=int, help="instead of the recipe's")
     parser.add_argument("--experience_batch_size", type=int, default=8)
@@ -313,11 +317,21 @@ def parse_args(argv):
     parser.add_argument("--nvme_dir")
     parser.add_argument("--plan", action="store_true", help="print the memory plan instead of running")
     parser.add_argument("--json", help="where to keep the record")
+    parser.add_argument("--trl_python", help=f"--recipe trl: an interpreter that has it; or ${ppo_trl.TRL_VARIABLE}")
+    parser.add_argument("--updates", type=int, default=8, help="--recipe trl: rollouts a reading")
     args = parser.parse_args(argv)
     args.strategy = [name.removeprefix("colossalai_") for name in args.strategy]
-    prompt, new = RECIPES[args.recipe]
+    prompt, new = RECIPES.get(args.recipe, RECIPES["announcement"])
     args.prompt_tokens, args.new_tokens = args.prompt_tokens or prompt, args.new_tokens or new
-    for name in ("prompt_tokens", "new_tokens", "experience_batch_size", "train_batch_size", "max_epochs", "rounds"):
+    for name in (
+        "prompt_tokens",
+        "new_tokens",
+        "experience_batch_size",
+        "train_batch_size",
+        "max_epochs",
+        "rounds",
+        "updates",
+    ):
         if getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}, and has to be at least 1")
     if args.prompt_tokens + args.new_tokens > 1024:

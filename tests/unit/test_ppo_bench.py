@@ -1,9 +1,10 @@
 """The PPO benchmark: it measures plain models and the engine's, plans, and refuses what cannot fit."""
 
 import json
+from functools import partial
 
 import pytest
-from megalith.bench import ppo
+from megalith.bench import ppo, ppo_trl
 
 SMALL = "--model tiny --prompt_tokens 6 --new_tokens 4 --experience_batch_size 2 --train_batch_size 1 --rounds 1"
 SMALL += " --device cpu"
@@ -40,3 +41,27 @@ def test_the_plan_alone_and_what_cannot_fit(capsys):
     output = capsys.readouterr()
     assert "four plain models" in output.out
     assert "error: --model 175b --strategy torch cannot run here: the host would have to hold" in output.err
+
+
+def test_beside_trl_where_there_is_none(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv(ppo_trl.TRL_VARIABLE, raising=False)
+    small = {**ppo_trl.MODEL, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32}
+    shape = {**ppo_trl.SHAPE, "model": small, "batch_size": 2, "prompt_tokens": 4, "new_tokens": 3}
+    monkeypatch.setattr(ppo_trl, "compare", partial(ppo_trl.compare, shape=shape))
+    path = tmp_path / "record.json"
+    ppo.main(["--recipe", "trl", "--rounds", "1", "--updates", "2", "--json", str(path)])
+    record = json.loads(path.read_text())
+    absent, own = record["rows"]
+    assert absent["note"].startswith("absent") and not absent["metrics"] and record["checks"] == []
+    assert own["metrics"]["tokens_per_s"][0] > 0 and own["metrics"]["peak_rss_bytes"][0] > 2**26
+    assert "| trl      | -" in capsys.readouterr().out
+
+
+def test_ratios_are_those_of_one_round():
+    def reading(speed, memory):
+        return {"metrics": {"tokens_per_s": speed, "peak_rss_bytes": memory}}
+
+    checks = ppo_trl.checks_of(
+        {"megalith": [reading(30.0, 8.0), reading(10.0, 8.0)], "trl": [reading(20.0, 10.0), reading(5.0, 16.0)]}
+    )
+    assert [check["values"] for check in checks] == [[1.5, 2.0], [0.8, 0.5]]
