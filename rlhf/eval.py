@@ -42,7 +42,7 @@ class EvalArguments:
     prompt_format: Literal["auto", "chat", "alpaca", "plain"] = HfArg(default="auto", help="as in training")
     max_prompt_len: int = HfArg(default=512, help="longer prompts are dropped, and counted")
     max_datasets_size: int | None = HfArg(default=None, help="read no more than this many prompts")
-    samples: int = HfArg(default=20, help="prompts whose answers are shown side by side")
+    samples: int = HfArg(default=20, help="prompts whose answers are shown side by side; samples.jsonl has all")
     seed: int = HfArg(default=42, help="of sampling")
     save_path: str = HfArg(default="runs/eval", help="folder for eval.json, samples.jsonl and samples.html")
 
@@ -155,20 +155,20 @@ def evaluate(model_args, strategy_args, eval_args, rollout_args):
                     for name, (scores, kl, _, _, texts) in results.items()
                 },
             }
-            for row, prompt in enumerate(prompts[: eval_args.samples])
+            for row, prompt in enumerate(prompts)
         ]
-        write_report(folder, report, samples, groups)
-        print(text_table(report, samples))
+        write_report(folder, report, samples, eval_args.samples, groups)
+        print(text_table(report, samples[: eval_args.samples]))
         print(f"written to {folder}/eval.json, samples.jsonl and samples.html", flush=True)
 
 
-def write_report(folder, report, samples, groups):
+def write_report(folder, report, samples, shown, groups):
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder / "arguments.yaml", groups)
     (folder / "eval.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
     (folder / "samples.jsonl").write_text(lines, encoding="utf-8")
-    (folder / "samples.html").write_text(html_page(report, samples), encoding="utf-8")
+    (folder / "samples.html").write_text(html_page(report, samples[:shown]), encoding="utf-8")
 
 
 def main(argv=None):

@@ -154,7 +154,7 @@ def test_evaluation_of_a_model_against_itself_is_a_draw_and_the_page_stands_alon
     page = (out / "samples.html").read_text()
     assert "&lt;b&gt;2" in page and "<b>2" not in page and "&lt;b&gt;3" not in page
     assert "http" not in page and "<script" not in page
-    assert len((out / "samples.jsonl").read_text().splitlines()) == 3
+    assert len((out / "samples.jsonl").read_text().splitlines()) == 5
 
 
 def test_the_summary_is_that_of_the_answers():
