@@ -15,7 +15,7 @@ PACKAGES = ["engine", "kernels", "rlhf", "bench"]
 # -ffp-contract=off: a fused multiply-add would round once where the Triton twin rounds twice.
 cpu_kernels = Extension(
     "megalith.kernels._cpu",
-    sources=[os.path.join("kernels", name) for name in ("cpu_adam.cpp", "cpu_gptq.cpp")],
+    sources=[os.path.join("kernels", name) for name in ("cpu_adam.cpp", "cpu_gptq.cpp", "cpu_rounding.cpp")],
     depends=[os.path.join("kernels", "cpu_common.h")],
     extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
     extra_link_args=["-fopenmp"],

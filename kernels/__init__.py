@@ -6,6 +6,7 @@ from .gptq import gptq_dequantize, gptq_matmul
 from .gptq_packing import pack_codes, pack_zeros, unpack_codes, unpack_zeros
 from .gptq_weight import GptqWeight, join_gptq_weights, prepare_gptq_weight
 from .moment_codes import CODE_BLOCK_NUMEL, CODE_DTYPES, decode_moment, encode_moment, scales_numel
+from .rounding import descend_block, round_block
 from .split_master import join_master, split_master
 from .sum_of_squares import sum_of_squares
 
@@ -15,6 +16,7 @@ __all__ = [
     "AdamHyper",
     "GptqWeight",
     "decode_moment",
+    "descend_block",
     "encode_moment",
     "fused_adam_",
     "gptq_dequantize",
@@ -24,6 +26,7 @@ __all__ = [
     "pack_codes",
     "pack_zeros",
     "prepare_gptq_weight",
+    "round_block",
     "scales_numel",
     "split_master",
     "sum_of_squares",

@@ -17,7 +17,7 @@ from .adam_step import AdamScalars, AdamTensors
 from .gptq_weight import GptqWeight
 from .moment_codes import CODE_BLOCK_NUMEL
 
-ABI = 4  # megalith_cpu_abi in cpu_adam.cpp
+ABI = 5  # megalith_cpu_abi in cpu_adam.cpp
 ISAS = ("baseline", "avx2", "avx512")  # in the order of Isa there
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of Dtype there
 _FLOAT32, _SPLIT, _MASTER = 0, 1, {torch.bfloat16: 2, torch.float16: 3}  # Form there
@@ -53,6 +53,8 @@ def library() -> ctypes.CDLL | None:
         gptq + [pointer] + [int64] * 3 + [integer, pointer] + [int64] * 2 + [integer] * 2
     )
     loaded.megalith_cpu_gptq_matmul.argtypes = gptq + [int64] * 3 + [pointer] * 2 + [int64] + [integer] * 2
+    loaded.megalith_cpu_round_block.argtypes = [pointer] * 6 + [int64] * 2 + [integer] * 4
+    loaded.megalith_cpu_descend_block.argtypes = [pointer] * 5 + [int64] * 2 + [integer] * 3
     loaded.megalith_cpu_sum_of_squares.argtypes = [integer, pointer, int64, pointer, integer, integer]
     return loaded
 
@@ -132,6 +134,33 @@ def gptq_matmul(x: Tensor, weight: GptqWeight, isa: str) -> Tensor:
         torch.get_num_threads(),
     )
     return y
+
+
+def round_block(
+    weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, max_code: int, num_beams: int, isa: str
+) -> tuple[Tensor, Tensor]:
+    """`rounding.round_block` of contiguous float32 CPU tensors. Raises ValueError for an `isa` that this CPU lacks."""
+    codes, errors = torch.empty(weight.shape, dtype=torch.uint8), torch.empty_like(weight)
+    tensors = (weight, factor, scales, zeros, codes, errors)
+    library().megalith_cpu_round_block(
+        *(tensor.data_ptr() for tensor in tensors),
+        *weight.shape,
+        max_code,
+        num_beams,
+        _isa_number(isa),
+        torch.get_num_threads(),
+    )
+    return codes, errors
+
+
+def descend_block(gradient: Tensor, hessian: Tensor, codes: Tensor, scales: Tensor, max_code: int, isa: str) -> Tensor:
+    """`rounding.descend_block` of contiguous CPU tensors. Raises ValueError for an `isa` that this CPU lacks."""
+    change = torch.empty_like(gradient)
+    tensors = (gradient, hessian, scales, codes, change)
+    library().megalith_cpu_descend_block(
+        *(tensor.data_ptr() for tensor in tensors), *gradient.shape, max_code, _isa_number(isa), torch.get_num_threads()
+    )
+    return change
 
 
 def _gptq_arguments(weight: GptqWeight) -> tuple:

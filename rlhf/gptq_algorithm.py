@@ -5,7 +5,10 @@ Everything here is [K, N]: K inputs, N outputs, so that the row that is being ro
 depend on each other: linears that share their input are quantised as one matrix, side by side.
 
 What is minimised is the objective tr(D H D^T) of each output, D being the error of its K weights and H the mean of
-x x^T over the calibration inputs x: the mean squared error of the output, up to a constant factor.
+x x^T over the calibration inputs x: the mean squared error of the output, up to a constant factor. This is the search
+for the nearest point of a lattice, and GPTQ is its greedy solution (Babai's). Three things go beyond it: scales that
+weigh each input by what no later one can make good for, several ways to round a row kept open at a time (`num_beams`),
+and coordinate descent in the end (`descent_passes`; Behdin et al. 2023, https://arxiv.org/abs/2309.01885).
 """
 
 from dataclasses import dataclass
@@ -13,15 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels import descend_block, round_block
+from .gptq_grid import QuantizationError, dequantize, find_grid, find_grids, round_to_grid
+
 # A Hessian that is still not positive definite at the last of these, in float64, holds something that is not finite.
 _DAMP_STEPS = (1, 2, 5, 10, 25, 60)
-_MSE_SHRINKS = [1 - 0.01 * step for step in range(80)]
-_MSE_NORM = 2.4
-_SMALLEST_SCALE = 2.0**-24  # the least positive float16
-
-
-class QuantizationError(ValueError):
-    """A matrix that cannot be quantised: a Hessian or a weight that is not finite, or too large for float16."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,13 @@ class GptqOptions:
     static_groups: bool = True
     """Scales are found before the first rounding, for groups of neighbouring inputs: act-order without its permutation
     at run time. False: as each group is reached, groups being made in the order of rounding."""
-    mse: bool = False
-    """Search for each group's scale that rounds it with the least error, instead of covering its range."""
+    mse: bool = True
+    """Search for each group's scale that rounds it with the least error, instead of covering its range. An input's
+    error counts by its conditional energy: what is left of it when the inputs after it make good for it."""
+    num_beams: int = 8
+    """Ways to round that are kept open in each block of rows; 1: GPTQ."""
+    descent_passes: int = 4
+    """Passes of coordinate descent over the rounded codes, at most; 0: none."""
     damp_percent: float = 0.01
     """Added to the diagonal of H, in means of it; more, where H is not positive definite."""
     min_zero: int = 0
@@ -54,6 +58,10 @@ class GptqOptions:
             raise ValueError(f"group_size is {self.group_size}; it has to be at least 1, or -1 for one group")
         if not 0 < self.damp_percent < 1:
             raise ValueError(f"damp_percent is {self.damp_percent}; it has to lie between 0 and 1")
+        if not 1 <= self.num_beams <= 64:
+            raise ValueError(f"num_beams is {self.num_beams}; it has to lie between 1 and 64")
+        if self.descent_passes < 0:
+            raise ValueError(f"descent_passes is {self.descent_passes}; it has to be at least 0")
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +106,7 @@ def quantize_matrix(weight: Tensor, hessian: Tensor, options: GptqOptions) -> Qu
     rows = torch.arange(len(weight), device=weight.device)
     group_size = len(rows) if options.group_size == -1 else min(options.group_size, len(rows))
     regular = rows // group_size  # the group of each row, neighbours together
-    scales, zeros = (
-        torch.stack(parts) for parts in zip(*(find_grid(g, options) for g in weight.split(group_size)), strict=True)
-    )
+    scales, zeros = find_grids(weight, group_size, options)
     nearest = dequantize(round_to_grid(weight, scales[regular], zeros[regular], options.bits), scales, zeros, regular)
     rounded_objective = objective(weight - nearest, hessian)
     del nearest
@@ -109,8 +115,15 @@ def quantize_matrix(weight: Tensor, hessian: Tensor, options: GptqOptions) -> Qu
     if options.desc_act:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     group_of = regular[order] if options.static_groups else regular
-    factor, damp_percent = inverse_factor(hessian[order][:, order], options.damp_percent)
-    ordered_codes = _round_in_order(weight[order], factor, group_of, scales, zeros, options)
+    damped, factor, damp_percent = damp(hessian[order][:, order], options.damp_percent)
+    if options.mse and options.static_groups:
+        importance = torch.empty_like(hessian.diagonal())
+        importance[order] = factor.diagonal() ** -2
+        scales, zeros = find_grids(weight, group_size, options, importance)
+    ordered = weight[order]
+    ordered_codes = _round_in_order(ordered.clone(), factor, group_of, scales, zeros, options)
+    del factor
+    _descend(ordered, damped, ordered_codes, group_of, scales, zeros, options)
     codes, g_idx = torch.empty_like(ordered_codes), torch.empty_like(group_of)
     codes[order], g_idx[order] = ordered_codes, group_of
     error = weight - dequantize(codes, scales, zeros, g_idx)
@@ -128,85 +141,60 @@ def quantize_matrix(weight: Tensor, hessian: Tensor, options: GptqOptions) -> Qu
 def _round_in_order(
     weight: Tensor, factor: Tensor, group_of: Tensor, scales: Tensor, zeros: Tensor, options: GptqOptions
 ) -> Tensor:
-    """Codes [K, N] of rows that lie in the order in which they are to be rounded; `weight` is used up.
+    """Codes uint8 [K, N] of rows that lie in the order in which they are to be rounded; `weight` is used up.
 
     The grids are those given in `scales` and `zeros` [G, N]; without static groups they are found here, from weights
-    that have taken up the error of all finished blocks, and written there.
+    that have taken up the error of all rows before the group, and written there.
     """
-    k = len(weight)
-    group_size = k if options.group_size == -1 else options.group_size
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    groups = group_of.tolist()
-    for start in range(0, k, options.block_rows):
-        stop = min(start + options.block_rows, k)
-        block = weight[start:stop]
-        errors = torch.empty_like(block)
-        for row in range(start, stop):
-            group = groups[row]
-            if not options.static_groups and row % group_size == 0:
-                scales[group], zeros[group] = find_grid(weight[row : row + group_size], options)
-            code = round_to_grid(block[row - start], scales[group], zeros[group], options.bits)
-            error = block[row - start] - (code - zeros[group]) * scales[group]
-            error /= factor[row, row]
-            block[row - start + 1 :] -= torch.outer(factor[row, row + 1 : stop], error)
-            codes[row], errors[row - start] = code, error
-        weight[stop:] -= factor[start:stop, stop:].T @ errors
-    return codes
-
-
-def find_grid(weights: Tensor, options: GptqOptions) -> tuple[Tensor, Tensor]:
-    """Scale and zero-point for one group of weights [g, N]: float32 [N] each, the scale exactly a float16.
-
-    Symmetric: from -max|w| to max|w|, also where no weight of the group is negative (a grid from 0 on would have its
-    zero-point in the middle all the same and clip half of the range). The scale is rounded to float16 here and not when
-    it is stored, so that this error too is made good by later rows. Raises QuantizationError where float16 ends.
-    """
-    low, high = weights.amin(0).clamp_(max=0), weights.amax(0).clamp_(min=0)
-    if options.sym:
-        high = torch.maximum(high, -low)
-        low = -high
-    empty = high == low
-    low, high = low.masked_fill(empty, -1.0), high.masked_fill(empty, 1.0)
-    if not options.mse:
-        return _grid_over(low, high, options)
-    least, scale, zero = None, None, None
-    for shrink in _MSE_SHRINKS:
-        grid = _grid_over(low * shrink, high * shrink, options)
-        rounded = (round_to_grid(weights, *grid, options.bits) - grid[1]) * grid[0]
-        error = (rounded - weights).abs_().pow_(_MSE_NORM).sum(0)
-        if least is None:
-            least, (scale, zero) = error, grid
-        better = error < least
-        least, scale, zero = (
-            torch.where(better, new, old) for new, old in ((error, least), (grid[0], scale), (grid[1], zero))
+    importance = factor.diagonal() ** -2 if options.mse else None
+    blocks = []
+    for block in _blocks(len(weight), options):
+        group, within = divmod(block.start, len(weight) if options.group_size == -1 else options.group_size)
+        if not options.static_groups and within == 0:
+            whole = slice(block.start, None if options.group_size == -1 else block.start + options.group_size)
+            scales[group], zeros[group] = find_grid(
+                weight[whole], options, None if importance is None else importance[whole]
+            )
+        groups = group_of[block]
+        codes, errors = round_block(
+            weight[block], factor[block, block], scales[groups], zeros[groups], 2**options.bits - 1, options.num_beams
         )
-    return scale, zero
+        weight[block.stop :] -= factor[block, block.stop :].T @ errors
+        blocks.append(codes)
+    return torch.cat(blocks)
 
 
-def _grid_over(low: Tensor, high: Tensor, options: GptqOptions) -> tuple[Tensor, Tensor]:
-    max_code = 2**options.bits - 1
-    scale = (high - low) / max_code
-    if options.sym:
-        zero = torch.full_like(scale, 2 ** (options.bits - 1))
-    else:
-        zero = torch.round(-low / scale)
-        scale = torch.where(zero < options.min_zero, high / (max_code - options.min_zero), scale)
-        zero = zero.clamp_(min=options.min_zero)
-    scale = scale.clamp(min=_SMALLEST_SCALE).half().float()
-    if not scale.isfinite().all():
-        raise QuantizationError(f"weights reach from {low.min():.3g} to {high.max():.3g}, too far for float16 scales")
-    return scale, zero
+def _descend(
+    weight: Tensor,
+    hessian: Tensor,
+    codes: Tensor,
+    group_of: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    options: GptqOptions,
+) -> None:
+    """Improve `codes` [K, N] in place until no code of any row can be moved alone, or the passes are used up."""
+    gradient = hessian @ (weight - dequantize(codes, scales, zeros, group_of))
+    for _ in range(options.descent_passes):
+        moved = torch.zeros((), dtype=torch.bool, device=weight.device)
+        for block in _blocks(len(weight), options):
+            change = descend_block(
+                gradient[block], hessian[block, block], codes[block], scales[group_of[block]], 2**options.bits - 1
+            )
+            gradient -= hessian[:, block] @ change
+            moved |= change.any()
+        if not moved:
+            return
 
 
-def round_to_grid(weights: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """The nearest codes, as float32 of the shape of `weights`; `scale` and `zero` broadcast to it."""
-    return torch.round(weights / scale).add_(zero).clamp_(0, 2**bits - 1)
-
-
-def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor) -> Tensor:
-    """Codes [K, N] to float32 [K, N]; `scales` and `zeros` [G, N], `g_idx` [K] of any dtype."""
-    groups = g_idx.long()
-    return (codes.float() - zeros.float()[groups]) * scales.float()[groups]
+def _blocks(rows: int, options: GptqOptions):
+    """Slices of `block_rows` rows at most. Where grids are found on the way, none begins within a block."""
+    stop = 0
+    while stop < rows:
+        start, stop = stop, min(stop + options.block_rows, rows)
+        if not options.static_groups and options.group_size != -1:
+            stop = min(stop, (start // options.group_size + 1) * options.group_size)
+        yield slice(start, stop)
 
 
 def objective(error: Tensor, hessian: Tensor) -> Tensor:
@@ -214,25 +202,26 @@ def objective(error: Tensor, hessian: Tensor) -> Tensor:
     return ((hessian @ error) * error).sum(0)
 
 
-def inverse_factor(hessian: Tensor, damp_percent: float) -> tuple[Tensor, float]:
-    """The upper Cholesky factor U of the inverse, U^T U = (H + p mean(diag H) I)^-1, and p, `damp_percent` or the first
-    larger one tried that makes H positive definite.
+def damp(hessian: Tensor, damp_percent: float) -> tuple[Tensor, Tensor, float]:
+    """Damped H, H + p mean(diag H) I; the upper Cholesky factor U of its inverse, U^T U; and p, `damp_percent` or the
+    first larger one tried that makes it positive definite.
 
-    Row k of U over its diagonal is how the error of input k is best shared among the inputs after it (paper, step 3).
-    Inputs of no energy count as independent ones of energy 1. Raises QuantizationError when no p helps.
+    Row k of U over its diagonal is how the error of input k is best shared among the inputs after it (paper, step 3),
+    and U[k, k]^-2 the energy of input k that is left then.
+    Inputs of no energy count as independent ones of mean energy. Raises QuantizationError when no p helps.
     """
     mean = hessian.diagonal().mean()
-    unseen = hessian.diagonal() == 0
+    unseen = (hessian.diagonal() == 0) * torch.where(mean > 0, mean, 1)
     for step in _DAMP_STEPS:
         for dtype in (torch.float32, torch.float64):
             damped = hessian.to(dtype, copy=True)
-            damped.diagonal().add_(unseen.to(dtype)).add_(step * damp_percent * mean)
+            damped.diagonal().add_(unseen).add_(step * damp_percent * mean)
             lower, info = torch.linalg.cholesky_ex(damped)
             if info.item():
                 continue
             upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not info.item() and upper.isfinite().all():
-                return upper.float(), step * damp_percent
+                return damped.float(), upper.float(), step * damp_percent
     raise QuantizationError(
         f"the Hessian is not positive definite, not even with {_DAMP_STEPS[-1] * damp_percent:.3g} of its mean energy "
         f"{mean:.3g} on the diagonal: calibrate with more or other data"

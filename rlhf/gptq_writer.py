@@ -62,6 +62,8 @@ def declaration(options: GptqOptions, checkpoint_format: str, true_sequential: b
             "quantizer": [f"megalith:{version}"],
             "act_order": options.desc_act,
             "mse": options.mse,
+            "num_beams": options.num_beams,
+            "descent_passes": options.descent_passes,
         },
     }
 

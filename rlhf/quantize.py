@@ -79,7 +79,9 @@ class GptqArguments:
     sym: bool = HfArg(default=True, help="zero-points in the middle")
     desc_act: bool = HfArg(default=True, help="act-order: inputs of much energy are rounded first")
     static_groups: bool = HfArg(default=True, help="groups of neighbours, so that act-order costs nothing at run time")
-    mse: bool = HfArg(default=False, help="search for the scales of least rounding error")
+    mse: bool = HfArg(default=True, help="search for the scales of least rounding error, instead of full ranges")
+    num_beams: int = HfArg(default=8, help="ways to round kept open at a time, at a cost in proportion; 1: plain GPTQ")
+    descent_passes: int = HfArg(default=4, help="of coordinate descent over the rounded codes, at most; 0: plain GPTQ")
     damp_percent: float = HfArg(default=0.01, help="of the mean energy, added to all; escalated where it is too little")
     true_sequential: bool = HfArg(default=True, help="linears of a block see those before them quantised")
 
