@@ -13,7 +13,7 @@ from ..engine.safetensors_io import SafetensorsFile
 from ..kernels import gptq_dequantize, prepare_gptq_weight, unpack_zeros
 from .errors import InputError
 from .gptq_algorithm import GptqOptions, QuantizationError, quantize_matrix
-from .gptq_calibration import input_hessians, linears_by_input
+from .gptq_calibration import calibration_passes, input_hessians, linears_by_input
 from .gptq_writer import disk_tensors, write_file
 
 
@@ -55,29 +55,49 @@ def quantize_block(
     the quantised values. Packed tensors and the report on them go to the file `path`.
 
     With `true_sequential`, a linear's inputs come from linears quantised before it, at the cost of one more pass for
-    each. Linears with the same input share Hessian, factor and act-order, so that they can be joined later. Raises
-    InputError naming the linears that cannot be quantised.
+    each. Raises InputError naming the linears that cannot be quantised.
     """
     stages = linears_by_input(block, lambda: run(hidden[0]))
+    passes = calibration_passes(stages, true_sequential, lambda linear: len(_by_input(block.get_submodule(linear))))
+    quantize_linears(path, name, block, passes, run, hidden, options, checkpoint_format)
+
+
+def quantize_linears(
+    path: Path,
+    name: str,
+    block: nn.Module,
+    passes: list[list[list[str]]],
+    run,
+    hidden: list[Tensor],
+    options: GptqOptions,
+    checkpoint_format: str,
+) -> None:
+    """The same for linears that are known: stages of those with the same input, and which stages share a pass.
+
+    Linears with the same input share Hessian, factor and act-order, so that they can be joined later. An expert that
+    few tokens reach has a Hessian of low rank, which damping makes good for; one that none reach is rounded to the
+    nearest.
+    """
     tensors, report = {}, []
-    for together in [[stage] for stage in stages] if true_sequential else [stages]:
+    for together in passes:
         hessians = input_hessians(block, [stage[0] for stage in together], run, hidden)
         for stage in together:
+            hessian, inputs = hessians.pop(stage[0])
             linears = [block.get_submodule(linear) for linear in stage]
             rows = [_by_input(linear) for linear in linears]
             try:
-                matrix = quantize_matrix(torch.cat(rows, dim=1), hessians.pop(stage[0]), options)
+                matrix = quantize_matrix(torch.cat(rows, dim=1), hessian, options)
             except QuantizationError as error:
-                raise InputError(f"{name}.{', '.join(stage)}: {error}") from None
+                raise InputError(f"{name}.{', '.join(stage)}: {error}".lstrip(".")) from None
             start = 0
             for linear_name, linear, row in zip(stage, linears, rows, strict=True):
                 part = matrix.columns(start, start + row.shape[1])
                 start += row.shape[1]
                 _by_input(linear).copy_(part.dequantize())
-                fqn = f"{name}.{linear_name}"
+                fqn = f"{name}.{linear_name}".lstrip(".")
                 disk = disk_tensors(part, options.bits, checkpoint_format)
                 tensors |= {f"{fqn}.{kind}": tensor for kind, tensor in disk.items()}
-                report.append(_report_row(fqn, part))
+                report.append(_report_row(fqn, part, inputs))
     write_file(path, tensors, {"report": json.dumps(report)})
 
 
@@ -107,10 +127,12 @@ def _by_input(linear: nn.Module) -> Tensor:
     return linear.weight.detach() if isinstance(linear, Conv1D) else linear.weight.detach().T
 
 
-def _report_row(fqn: str, matrix) -> dict:
+def _report_row(fqn: str, matrix, inputs: int) -> dict:
     objective, nearest = matrix.objective.sum().item(), matrix.rounded_objective.sum().item()
     return {
         "linear": fqn,
+        "inputs": inputs,
+        "in_features": len(matrix.codes),
         "objective": objective,
         "nearest_objective": nearest,
         "ratio": objective / nearest if nearest else 1.0,

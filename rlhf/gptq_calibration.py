@@ -4,6 +4,8 @@ Only the block at hand has weights; all others are on meta. `hidden` is a list o
 """
 
 import contextlib
+import itertools
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from .data import read_conversations, read_rows
 from .errors import InputError
 from .templates import encode, prompt_renderer, segments_of
+
+_HESSIANS_BYTES = 2 << 30
 
 
 def calibration_windows(path, tokenizer, prompt_format, count, length, seed):
@@ -117,6 +121,39 @@ def record_calls(model, blocks, batches, device):
     return calls, hidden
 
 
+class _Given(nn.Module):
+    """In the place of a block: gives the hidden states that it was told to, whatever comes in."""
+
+    def __init__(self, block: nn.Module, gives_tuple: bool):
+        super().__init__()
+        self._block = (block,)
+        self.gives_tuple, self.hidden = gives_tuple, None
+
+    __getattr__ = _Recorder.__getattr__
+
+    def forward(self, hidden, *arguments, **keywords):
+        return (self.hidden,) if self.gives_tuple else self.hidden
+
+
+@contextlib.contextmanager
+def after_blocks(model, blocks, calls, device):
+    """A function from the last block's hidden states [B, T, D] to a call of what follows: the norm, then the head."""
+    given = {name: _Given(block, calls.gives_tuple) for name, block in blocks.items()}
+    for name, module in given.items():
+        _set_submodule(model, name, module)
+
+    def run(hidden):
+        for module in given.values():
+            module.hidden = hidden.to(device)
+        model(input_ids=torch.zeros(hidden.shape[:2], dtype=torch.int64, device=device), use_cache=False)
+
+    try:
+        yield run
+    finally:
+        for name, block in blocks.items():
+            _set_submodule(model, name, block)
+
+
 def _set_submodule(model, name, module):
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
@@ -146,13 +183,35 @@ def linears_by_input(block, run):
     return stages
 
 
+def calibration_passes(stages, true_sequential, inputs_of):
+    """Which `stages` are calibrated by the same pass over the batches: [[[name, ...], ...], ...].
+
+    With `true_sequential` each by its own, so that a linear's inputs come from linears quantised before it; those of a
+    block's experts, which do not depend on each other, together. The Hessians of one pass take 2 GiB at most, or one
+    more than that; `inputs_of(name)` is the width of one.
+    """
+    alike = (lambda stage: re.sub(r"\.\d+\.", ".", stage[0])) if true_sequential else None
+    passes = []
+    for _, group in itertools.groupby(stages, alike or (lambda stage: None)):
+        taken_bytes = 0
+        passes.append([])
+        for stage in group:
+            if taken_bytes > _HESSIANS_BYTES:
+                taken_bytes = 0
+                passes.append([])
+            passes[-1].append(stage)
+            taken_bytes += 4 * inputs_of(stage[0]) ** 2
+    return passes
+
+
 class _Reached(Exception):
     """The last linear that was waited for has seen its input: the rest of the block need not run."""
 
 
 def input_hessians(block, names, run, batches):
-    """{name: 2 / n * sum of x x^T, float32 [K, K]} of the inputs x of these linears over `run(batch)` of all batches,
-    n being their number. Raises InputError for a linear that saw none."""
+    """{name: (2 / n * sum of x x^T, float32 [K, K], n)} of the inputs x of these linears over `run(batch)` of all
+    batches, n being their number; zeros for an expert that no input was sent to. Raises InputError for a linear that
+    is not called."""
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(names, 0)
 
@@ -175,9 +234,9 @@ def input_hessians(block, names, run, batches):
         for batch in batches:
             with contextlib.suppress(_Reached):
                 run(batch)
-    if not all(counts.values()):
-        raise InputError(f"no input reached {[name for name in names if not counts[name]]}")
-    return {name: total.mul_(2 / counts[name]) for name, total in sums.items()}
+    if len(sums) < len(names):
+        raise InputError(f"no input reached {[name for name in names if name not in sums]}")
+    return {name: (total.mul_(2 / max(1, counts[name])), counts[name]) for name, total in sums.items()}
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ are quantised, the shapes of their tensors how (`gptq_tensors.py`).
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from ..engine.weight_conversion import Conversion, loading_conversions
 from .errors import InputError
 from .gptq_checkpoint import StoredTensor, open_checkpoint
 from .gptq_config import GptqConfig, read_config
+from .gptq_experts import fused_experts, linear_experts, stored_linears
 from .gptq_linear import QuantizedLinear, join_projections
 from .gptq_tensors import PARTS, read_weight
 from .models import Source, build_on_meta
@@ -101,10 +102,13 @@ def _match(checkpoint: Path, model_folder: Path, stored: Mapping[str, StoredTens
     model = _build(model_folder)
     if _has_own_head(model, stored):
         model = _build(model_folder, tie_word_embeddings=False)
+    of_experts = _unfuse_experts(model, parts)
     aliases = parameter_aliases(model)
     canonical = {alias: name for name, group in aliases.items() for alias in group}
+    conversions = [Conversion((n,), {of_experts[n]: t}) for n, t in on_meta.items() if n in of_experts]
+    others = {name: tensor for name, tensor in on_meta.items() if name not in of_experts}
     try:
-        conversions = loading_conversions(model, on_meta, canonical.keys())
+        conversions += loading_conversions(model, others, canonical.keys())
     except ValueError as error:
         raise InputError(f"{checkpoint} does not fit {type(model).__name__}: {error}") from None
 
@@ -148,6 +152,17 @@ def _build(folder: Path, **changes) -> nn.Module:
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # transformers would ask for its own quantiser
     return build_on_meta(Source(config, None, os.fspath(folder)))
+
+
+def _unfuse_experts(model: nn.Module, parts: Collection[str]) -> dict[str, str]:
+    """Give `model` a linear for each of an expert's, where some of those are quantised; return their weights' names in
+    a checkpoint, with their names in the model."""
+    if not any(".experts." in prefix for prefix in parts):
+        return {}
+    stored = {f"{name}.weight": f"{linear}.weight" for linear, names in stored_linears(model).items() for name in names}
+    for name, fused in fused_experts(model).items():
+        model.set_submodule(name, linear_experts(fused, call_all=False))
+    return stored
 
 
 def _has_own_head(model: nn.Module, stored: Mapping[str, StoredTensor]) -> bool:

@@ -42,7 +42,9 @@ def disk_tensors(matrix: QuantizedMatrix, bits: int, checkpoint_format: str) -> 
     }
 
 
-def declaration(options: GptqOptions, checkpoint_format: str, true_sequential: bool, version: str) -> dict:
+def declaration(
+    options: GptqOptions, checkpoint_format: str, true_sequential: bool, lm_head: bool, version: str
+) -> dict:
     """What quantize_config.json says. `desc_act` is about the layout: static groups need no order at run time."""
     return {
         "bits": options.bits,
@@ -50,7 +52,7 @@ def declaration(options: GptqOptions, checkpoint_format: str, true_sequential: b
         "desc_act": options.desc_act and not options.static_groups,
         "static_groups": options.static_groups,
         "sym": options.sym,
-        "lm_head": False,
+        "lm_head": lm_head,
         "true_sequential": true_sequential,
         "damp_percent": options.damp_percent,
         "quant_method": "gptq",

@@ -29,18 +29,19 @@ from ..engine.materialize import rebuild_buffers
 from ..engine.parameter_names import parameter_aliases
 from ..engine.pretrained import PretrainedFolder
 from ..engine.safetensors_io import Entry, SafetensorsFile, SafetensorsFileError, write_text_atomically
-from ..engine.weight_conversion import saving_conversions
 from .arguments import ModelArguments, parse
 from .errors import InputError, exit_on_input_error
 from .gptq_algorithm import GptqOptions
-from .gptq_blocks import StreamedWeights, block_report, quantize_block, read_block
-from .gptq_calibration import calibration_windows, decoder_blocks, record_calls
+from .gptq_blocks import StreamedWeights, block_report, quantize_block, quantize_linears, read_block
+from .gptq_calibration import after_blocks, calibration_windows, decoder_blocks, record_calls
+from .gptq_experts import as_linears, fused_experts, fused_parameters
 from .gptq_writer import Piece, declaration, write_folder, write_single_file
 from .models import build_on_meta, load_source
 from .strategy import choose_device
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REPORT_NAME = "quantize_report.jsonl"
+_HEAD = "the head"  # beside the blocks' names
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class GptqArguments:
     descent_passes: int = HfArg(default=4, help="of coordinate descent over the rounded codes, at most; 0: plain GPTQ")
     damp_percent: float = HfArg(default=0.01, help="of the mean energy, added to all; escalated where it is too little")
     true_sequential: bool = HfArg(default=True, help="linears of a block see those before them quantised")
+    lm_head: bool = HfArg(default=False, help="quantise the output head too; a tied one is stored apart from then on")
 
 
 GROUPS = (QuantizeArguments, GptqArguments)
@@ -130,19 +132,29 @@ def quantize(args, gptq_args):
             def run(batch, index=index, block=block):
                 return calls.run(index, block, batch.to(device)).cpu()
 
-            if file.exists():
-                read_block(file, name, block, options, stored_format)
-            else:
-                quantize_block(file, name, block, run, hidden, options, stored_format, gptq_args.true_sequential)
+            with as_linears(block):
+                if file.exists():
+                    read_block(file, name, block, options, stored_format)
+                else:
+                    quantize_block(file, name, block, run, hidden, options, stored_format, gptq_args.true_sequential)
+                hidden = [run(batch) for batch in hidden]
             rows = block_report(file)
-            hidden = [run(batch) for batch in hidden]
             streamed.free(names_of[name])
             report += rows
             bar.update()
             bar.set_postfix_str(f"objective {max(row['ratio'] for row in rows):.3f} of nearest at worst")
 
+    if gptq_args.lm_head:
+        file = work / f"{len(blocks):05d}.safetensors"
+        if not file.exists():
+            streamed.load(names_of[None] + names_of[_HEAD])
+            with torch.no_grad(), after_blocks(model, blocks, calls, device) as run:
+                _quantize_head(file, model, run, hidden, options, stored_format)
+            streamed.free(names_of[None] + names_of[_HEAD])
+        report += block_report(file)
+
     pieces = _pieces(model, weights, work, stored_dtype)
-    declared = declaration(options, stored_format, gptq_args.true_sequential, version("megalith"))
+    declared = declaration(options, stored_format, gptq_args.true_sequential, gptq_args.lm_head, version("megalith"))
     _write(args, source, model, pieces, declared, stored_dtype, max_shard_bytes)
     lines = "".join(json.dumps(row) + "\n" for row in report)
     write_text_atomically(Path(args.save_path) / REPORT_NAME, lines)
@@ -157,8 +169,10 @@ def _check_options(args, gptq_args):
         raise InputError("megalith quantize runs in one process: leave --nproc_per_node out")
     if args.checkpoint_format == "pt" and gptq_args.desc_act and not gptq_args.static_groups:
         raise InputError("the .pt layout has no place for act-order without --static_groups: use gptq or gptq_v2")
+    if args.checkpoint_format == "pt" and gptq_args.lm_head:
+        raise InputError("the .pt layout has no place for a quantised head: use gptq or gptq_v2")
     values = asdict(gptq_args)
-    del values["true_sequential"]
+    del values["true_sequential"], values["lm_head"]
     try:
         return GptqOptions(**values, min_zero=0 if args.checkpoint_format == "gptq_v2" else 1)
     except ValueError as error:
@@ -184,23 +198,31 @@ def _choose_dtypes(args, config, device):
 
 
 def _names_by_block(model, blocks):
-    """{block: its parameters' names}, and under None those that are needed before the first block.
+    """{block: its parameters' names}, under _HEAD those of the head alone, and under None all others.
 
     Raises InputError for a model that cannot be quantised or stored linear by linear.
     """
     aliases = parameter_aliases(model)
     names_of = {name: [n for n in aliases if n.startswith(f"{name}.")] for name in blocks}
     within = set(itertools.chain(*names_of.values()))
-    for name in within:
-        if model.get_parameter(name).dim() > 2:
-            raise InputError(f"{name} has {model.get_parameter(name).dim()} dimensions: experts are not quantised")
-    on_meta = {name: model.get_parameter(name) for name in aliases}
-    if any(c.sources != tuple(c.targets) for c in saving_conversions(model, on_meta)):
-        raise InputError(f"{type(model).__name__} is stored under other names than it has: it is not quantised")
-    head = model.get_output_embeddings()
-    head_name = next((name for name, module in model.named_modules() if module is head), None)
-    names_of[None] = [n for n in aliases if n not in within and n.rpartition(".")[0] != head_name]
+    fused_experts(model)  # refuses those that cannot be quantised
+    names_of[_HEAD] = [n for n in aliases if n not in within and n.rpartition(".")[0] == _head_name(model)]
+    names_of[None] = [n for n in aliases if n not in within and n not in names_of[_HEAD]]
     return names_of
+
+
+def _head_name(model):
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def _quantize_head(file, model, run, hidden, options, checkpoint_format):
+    """As a block of one linear. Raises InputError for a model whose head is none."""
+    name = _head_name(model)
+    if name is None or not isinstance(model.get_submodule(name), torch.nn.Linear):
+        raise InputError(f"--lm_head: {type(model).__name__} has no linear head")
+    block = torch.nn.ModuleDict({name: model.get_submodule(name)})
+    quantize_linears(file, "", block, [[[name]]], run, hidden, options, checkpoint_format)
 
 
 def _claim(work, args, gptq_args, folder, windows):
@@ -243,15 +265,15 @@ def _pieces(model, weights, work, dtype):
         return stored
 
     pieces = []
+    # Experts' linears have the names that GPTQModel gives them, and all else those in the model.
+    experts = fused_parameters(model)
     for name in parameter_aliases(model):
-        prefix = name.removesuffix(".weight")
-        if f"{prefix}.qweight" in packed:
-            for key in (f"{prefix}.{kind}" for kind in ("qweight", "qzeros", "scales", "g_idx")):
-                stored = packed[key].tensors[key]
-                pieces.append(Piece(Entry(key, stored.dtype, stored.shape), functools.partial(read_packed, key)))
-        else:
+        if name not in experts and f"{name.removesuffix('.weight')}.qweight" not in packed:
             entry = Entry(name, dtype, tuple(model.get_parameter(name).shape))
             pieces.append(Piece(entry, functools.partial(read_plain, name)))
+    for name, file in packed.items():
+        stored = file.tensors[name]
+        pieces.append(Piece(Entry(name, stored.dtype, stored.shape), functools.partial(read_packed, name)))
     return pieces
 
 
@@ -259,6 +281,8 @@ def _write(args, source, model, pieces, declared, dtype, max_shard_bytes):
     out = Path(args.save_path)
     config = copy.deepcopy(source.config)
     config.dtype, config.architectures = dtype, [type(model).__name__]
+    if declared["lm_head"]:
+        config.tie_word_embeddings = False
     config = json.loads(config.to_json_string())
     if args.checkpoint_format == "pt":
         if config["model_type"] == "llama":  # readers of its time look for these buffers
@@ -282,6 +306,12 @@ def print_report(report):
         worst = max(rows, key=lambda row: row["ratio"])
         mean = geometric_mean(max(row["ratio"], 1e-9) for row in rows)
         print(f"{kind:<24}{mean:>8.3f}{worst['ratio']:>8.3f}  {worst['linear']}")
+    few = [row for row in report if row["inputs"] < row["in_features"]]
+    if few:
+        none = sum(row["inputs"] == 0 for row in few)
+        print(
+            f"{len(few)} linears saw fewer tokens than they have inputs, and {none} none: those are rounded to nearest"
+        )
     damped = [row for row in report if row["damp_percent"] > min(row["damp_percent"] for row in report)]
     if damped:
         print(f"{len(damped)} linears needed more damping, up to {max(row['damp_percent'] for row in damped):.3g}")

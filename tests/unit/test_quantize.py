@@ -1,6 +1,7 @@
 """`megalith quantize`: what it writes, read again; its report, from the quantised model itself; and going on."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -13,9 +14,12 @@ from megalith.rlhf.arguments import parse
 from megalith.rlhf.errors import InputError
 from megalith.rlhf.gptq_blocks import quantize_block
 from megalith.rlhf.gptq_calibration import calibration_windows
+from megalith.rlhf.gptq_experts import fused_experts, linear_experts
 from megalith.rlhf.models import PRESETS
 from megalith.rlhf.quantize import GROUPS, quantize
 from megalith.rlhf.tokenizer import byte_tokenizer
+from safetensors.torch import load_file, save_file
+from tiny import make_model
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -62,6 +66,10 @@ def windows_of(model):
 def dense(folder, loaded):
     """The model in `folder` with the weights that `loaded` stands for, and {linear: (its own weight, theirs)}."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, fill_from(model, loaded)
+
+
+def fill_from(model, loaded):
     weights = {}
     for name in block_linears(model):
         linear, quantized = model.get_submodule(name), loaded.get_submodule(name)
@@ -73,7 +81,7 @@ def dense(folder, loaded):
         flat = linear.weight.detach() if isinstance(linear, Conv1D) else linear.weight.detach().T
         weights[name] = flat.clone(), values
         flat.copy_(values)
-    return model, weights
+    return weights
 
 
 @torch.no_grad()
@@ -205,6 +213,8 @@ def test_no_more_than_a_block_is_in_memory(tmp_path, folders, monkeypatch):
         (["--samples", "0"], "--samples"),
         (["--max_shard_size", "much"], "--max_shard_size='much'"),
         (["--checkpoint_format", "pt", "--no_static_groups"], "no place for act-order"),
+        (["--checkpoint_format", "pt", "--lm_head"], "no place for a quantised head"),
+        (["--num_beams", "0"], "--num_beams is 0"),
         (["--pretrain", "llama-tiny"], "preset"),
         (["--pretrain", "absent"], "absent: no such folder"),
         (["--dataset", "absent.txt"], "absent.txt"),
@@ -244,3 +254,77 @@ def test_calibration_files(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(InputError, match="no text"):
         calibration_windows(tmp_path / "empty.txt", tokenizer, "auto", 3, 20, seed=0)
+
+
+@pytest.mark.parametrize("preset", ["llama-tiny", "gpt2-tiny"])
+def test_a_quantised_head(tmp_path, folders, preset):
+    """Tied to the embedding (GPT-2) or not: it has its own codes from then on."""
+    folder = folders(preset)
+    report = run(folder, tmp_path / "out", "--lm_head")
+    loaded = load_quantized(tmp_path / "out")
+    assert not hasattr(loaded.lm_head, "weight") and not loaded.config.tie_word_embeddings
+    assert json.loads((tmp_path / "out" / "quantize_config.json").read_text())["lm_head"] is True
+    model, _ = dense(folder, loaded)
+    own = model.lm_head.weight.detach().T.clone()
+    values = gptq_dequantize(loaded.lm_head.gptq_weight, torch.float32)
+    model.lm_head = torch.nn.Linear(*own.shape, bias=False)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(values.T)
+        windows = windows_of(folder)
+        torch.testing.assert_close(loaded(windows).logits, model(windows).logits, rtol=1e-3, atol=1e-3)
+    assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    found = objectives(model, {"lm_head": (own, values)}, windows)
+    assert report[-1]["linear"] == "lm_head" and report[-1]["ratio"] < 0.8
+    assert report[-1]["objective"] == pytest.approx(found["lm_head"], rel=1e-2)
+
+
+@pytest.fixture(scope="module")
+def mixtral(folders):
+    """One expert of four a token; the last is never the best one."""
+    model = make_model("mixtral", vocab_size=320, num_experts_per_tok=1)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight[1], layer.mlp.gate.weight[3] = -layer.mlp.gate.weight[0], 0
+    path = folders("llama-tiny").parent / "mixtral"
+    model.half().float().save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_experts(tmp_path, mixtral):
+    report = run(mixtral, tmp_path / "out", "--group_size", "16")
+    rows = {row["linear"]: row for row in report}
+    assert len(rows) == 2 * (4 + 4 * 3)
+    for layer in range(2):
+        seen = [rows[f"model.layers.{layer}.mlp.experts.{n}.down_proj"]["inputs"] for n in range(4)]
+        assert sum(seen) == 6 * 48 and seen[3] == 0 and max(seen) > 48
+    # Nothing is known of what no token reached, which is rounded to the nearest.
+    assert rows["model.layers.0.mlp.experts.3.up_proj"]["ratio"] == 1
+    loaded = load_quantized(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(mixtral, dtype=torch.float32).eval()
+    for name, fused in fused_experts(model).items():
+        model.set_submodule(name, linear_experts(fused, call_all=True))
+    weights = fill_from(model, loaded)
+    with torch.no_grad():
+        expected = model(windows_of(mixtral)).logits
+        torch.testing.assert_close(loaded(windows_of(mixtral)).logits, expected, rtol=1e-3, atol=1e-3)
+    found = objectives(model, {name: w for name, w in weights.items() if ".3." not in name}, windows_of(mixtral))
+    for name, value in found.items():
+        assert rows[name]["objective"] == pytest.approx(value, rel=1e-2), name
+    assert max(rows[name]["ratio"] for name in found) < 0.9
+
+    # As GPTQModel calls them, and as save_pretrained does.
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert "model.layers.1.mlp.experts.2.down_proj.qweight" in tensors
+    called = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+    def renamed(name):
+        return re.sub(r"\.(\w+_proj)\.(?=\w+$)", lambda m: f".{called.get(m[1], m[1])}.", name).replace(
+            "mlp", "block_sparse_moe"
+        )
+
+    save_file({renamed(name): tensor for name, tensor in tensors.items()}, tmp_path / "out" / "model.safetensors")
+    with torch.no_grad():
+        assert torch.equal(
+            load_quantized(tmp_path / "out")(windows_of(mixtral)).logits, loaded(windows_of(mixtral)).logits
+        )
