@@ -264,6 +264,7 @@ def test_a_quantised_head(tmp_path, folders, preset):
     loaded = load_quantized(tmp_path / "out")
     assert not hasattr(loaded.lm_head, "weight") and not loaded.config.tie_word_embeddings
     assert json.loads((tmp_path / "out" / "quantize_config.json").read_text())["lm_head"] is True
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
     model, _ = dense(folder, loaded)
     own = model.lm_head.weight.detach().T.clone()
     values = gptq_dequantize(loaded.lm_head.gptq_weight, torch.float32)
@@ -289,6 +290,18 @@ def mixtral(folders):
     model.half().float().save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
     return path
+
+
+@torch.no_grad()
+def test_experts_as_linears_are_the_same_model():
+    model = make_model("mixtral").eval()  # two experts a token
+    ids = torch.randint(0, 97, (2, 9))
+    expected = model(ids).logits
+    for call_all in (False, True):
+        other = make_model("mixtral").eval()
+        for name, fused in fused_experts(other).items():
+            other.set_submodule(name, linear_experts(fused, call_all))
+        torch.testing.assert_close(other(ids).logits, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_experts(tmp_path, mixtral):
