@@ -82,10 +82,11 @@ def pipeline(seed, progress, pairs=2000, iterations=24):
             f"--device cpu --tensorboard false --log_interval 1000 --seed {seed}".split()
         )
         progress(iterations)
+        unit = json.loads((folder / "rm" / "config.json").read_text())["std"]  # of the scores that PPO is paid
         _ppo(
             folder,
-            f"--pretrain {folder}/base --rm_path {folder}/rm --kl_coef {BETA} --missing_eos_penalty {MISSING_STOP} "
-            f"--max_new_tokens {LONGEST} --value_clip 0",
+            f"--pretrain {folder}/base --rm_path {folder}/rm --kl_coef {BETA / unit} --max_new_tokens {LONGEST} "
+            f"--missing_eos_penalty {MISSING_STOP / unit} --value_clip 0",
             iterations,
             seed,
         )
