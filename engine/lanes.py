@@ -22,6 +22,9 @@ class Event(Protocol):
     def synchronize(self) -> None:
         """Block the host until the event has happened: before it reads what the work wrote."""
 
+    def done(self) -> bool:
+        """Whether it has happened, well or not."""
+
 
 class Lane(Protocol):
     name: str
@@ -52,6 +55,9 @@ class ThreadEvent:
             raise self._error
 
     synchronize = wait
+
+    def done(self) -> bool:
+        return self._done.is_set()
 
 
 class ThreadLane:
@@ -85,8 +91,8 @@ class ThreadLane:
                 except BaseException as error:  # handed to the waiter, who is on another thread
                     self._error = LaneError(f"lane {self.name!r} failed at {label}: {type(error).__name__}: {error}")
                     self._error.__cause__ = error
+            del item, work  # a closure kept here would keep its chunk's buffers alive while the lane is idle
             event.set(self._error)
-            del item, work, event  # a closure kept here would keep its chunk's buffers alive while the lane is idle
 
     def close(self) -> None:
         """What was submitted is done first. The wait is bounded, since a peer that is gone may never answer; without
@@ -109,6 +115,9 @@ class StreamEvent:
 
     def synchronize(self) -> None:
         self._event.synchronize()
+
+    def done(self) -> bool:
+        return self._event.query()
 
 
 class StreamLane:
@@ -142,6 +151,9 @@ class IssuedEvent:
     def synchronize(self) -> None:
         self._issued.wait()
         self._event.synchronize()
+
+    def done(self) -> bool:
+        return self._issued.done() and self._event.query()
 
 
 class StreamThreadLane:
@@ -178,6 +190,9 @@ class DoneEvent:
         return None
 
     synchronize = wait
+
+    def done(self) -> bool:
+        return True
 
 
 class InlineLane:

@@ -230,13 +230,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _defer(self, updates: list[ChunkUpdate], releases: list[Callable[[], None]]) -> None:
         """Give updates to their lane, in order: whoever uses a chunk next waits for its own."""
-        following: list[ChunkUpdate | None] = []
-        coming = None
-        for update in reversed(updates):
-            following.insert(0, coming)
-            coming = update if update.is_streamed else coming
-        for update, coming, release in zip(updates, following, releases, strict=True):
+        coming = [update for update in updates if update.is_streamed]
+        for update, release in zip(updates, releases, strict=True):
             writes: list[Handle] = []
+            if update.is_streamed:
+                coming = coming[1:]
 
             # Not of `self`, which holds the model.
             def work(stream=self._stream, update=update, coming=coming, release=release, writes=writes) -> None:

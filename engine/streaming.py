@@ -1,15 +1,17 @@
 """Updates of chunks of which something is on a drive: piece by piece through a ring of host buffers.
 
-While one piece is updated, the next one, be it of this chunk or of the one that is updated after it, is read, and the
-one before is written. So an update of any size holds the ring and nothing else, and ends no sooner and hardly later
-than the slowest of reading, computing and writing.
+While one piece is updated, the next ones, be they of this chunk or of those that are updated after it, are read, and
+the ones before are written. So an update of any size holds the ring and nothing else, and ends no sooner and hardly
+later than the slowest of reading, computing and writing.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
+from .chunk import Chunk
 from .config import Precision
 from .disk_tensor import DiskTensor
 from .lanes import Event
@@ -27,6 +29,10 @@ class Slot:
     writes: list[Handle] = field(default_factory=list)
     """Under way from the buffers."""
 
+    @property
+    def is_free(self) -> bool:
+        return all(write.done() for write in self.writes)
+
     def view(self, payload: str, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
         return self.buffers[payload][start * dtype.itemsize : stop * dtype.itemsize].view(dtype)
 
@@ -35,16 +41,21 @@ class Slot:
 class Piece:
     """Owned elements [start, stop) of a chunk, on their way through the ring."""
 
-    update: ChunkUpdate
+    chunk: Chunk
     start: int
     stop: int
-    runs: list[Run]
-    slot: Slot | None = None
+    slot: Slot
+    loads: int
+    """Of the chunk's `loads`, when the reads began: what was read before a later load is void."""
     reads: list[Handle] = field(default_factory=list)
 
     @property
     def part(self) -> slice:
         return slice(self.start, self.stop)
+
+
+Source = ChunkUpdate | Chunk
+"""What will be read: for an update that is known, or for one that is foreseen."""
 
 
 class UpdateStream:
@@ -53,67 +64,95 @@ class UpdateStream:
     def __init__(self, piece_numel: int, precision: Precision, pin: bool) -> None:
         self._piece_numel = piece_numel
         slab = HostSlab(ring_bytes_of(piece_numel, precision), pin)
-        sizes = slot_itemsizes(precision)
-        self._slots = [
-            Slot({payload: slab.take(itemsize * piece_numel, torch.uint8) for payload, itemsize in sizes.items()})
+        itemsizes = slot_itemsizes(precision)
+        self._slots = deque(
+            Slot({payload: slab.take(itemsize * piece_numel, torch.uint8) for payload, itemsize in itemsizes.items()})
             for _ in range(SLOTS)
-        ]
-        self._next_slot = 0
-        self._ahead: Piece | None = None
+        )  # the longest unused first
+        self._ahead: deque[Piece] = deque()  # being read, in the order in which they are needed
 
     @torch.no_grad()
-    def execute(self, update: ChunkUpdate, following: ChunkUpdate | None) -> list[Handle]:
-        """Update a chunk; `following` is the one that is given next. Returns the last writes, which may still be under
-        way: weight and state are those of the step when all have ended."""
-        pieces = list(self._pieces(update))
-        if not pieces:  # this rank's part is padding
-            return []
-        ahead = next(self._pieces(following), None) if following is not None else None
-        if self._ahead is not None:
-            if self._ahead.update is not update:
-                raise RuntimeError(f"chunk {update.chunk.name} is not the one that was said to follow")
-            pieces[0] = self._ahead  # whose reads the chunk before has begun
-        self._ahead = None
+    def execute(self, update: ChunkUpdate, coming: Sequence[Source]) -> list[Handle]:
+        """Update a chunk; `coming` are read ahead as far as the ring goes. Returns the last writes, which may still be
+        under way: weight and state are those of the step when all have ended."""
         writes: list[Handle] = []
-        for piece, coming in zip(pieces, [*pieces[1:], ahead], strict=True):
-            for each in (piece, coming):
-                if each is not None and each.slot is None:
-                    self._begin(each)
+        wanted = list(self._cut(update))
+        for number, (start, stop, runs) in enumerate(wanted):
+            piece = self._take(update.chunk, start, stop, runs)
+            rest = [(update.chunk, *each) for each in wanted[number + 1 :]]
+            self._read_ahead(rest, coming, most=SLOTS - 2)
             writes = [write for write in writes if not write.done() or write.wait()]
-            writes += self._finish(piece)
-        self._ahead = ahead
+            writes += self._finish(piece, update, runs)
         return writes
 
-    def _pieces(self, update: ChunkUpdate) -> Iterator[Piece]:
-        """Those in which something is updated."""
-        numel = update.chunk.placement.owned_numel
+    @torch.no_grad()
+    def read_ahead(self, coming: Sequence[Source]) -> None:
+        """With nothing to update for a while: fill the ring with what is foreseen."""
+        for slot in self._slots:
+            for write in slot.writes:
+                write.settle()
+        self._read_ahead([], coming, most=SLOTS)
+
+    def _cut(self, source: Source) -> Iterator[tuple[int, int, list[Run]]]:
+        """(start, stop, runs) of the pieces in which something is, or may be, updated."""
+        chunk, runs = (source, None) if isinstance(source, Chunk) else (source.chunk, source.runs)
+        numel = chunk.placement.owned_numel
         for start in range(0, numel, self._piece_numel):
             stop = min(start + self._piece_numel, numel)
-            runs = [run.cut(start, stop) for run in update.runs if run.start < stop and start < run.stop]
-            if runs:
-                yield Piece(update, start, stop, runs)
+            own = [run.cut(start, stop) for run in runs or () if run.start < stop and start < run.stop]
+            if own or runs is None:
+                yield start, stop, own
 
-    def _begin(self, piece: Piece) -> None:
+    def _take(self, chunk: Chunk, start: int, stop: int, runs: list[Run]) -> Piece:
+        """The piece, whose reads have begun."""
+        while self._ahead:
+            piece = self._ahead.popleft()
+            if (piece.chunk, piece.start, piece.loads) == (chunk, start, chunk.loads):
+                return piece
+            for read in piece.reads:  # foreseen wrongly
+                read.settle()
+            self._slots.append(piece.slot)
+        return self._begin(chunk, start, stop, runs)
+
+    def _read_ahead(self, rest: list[tuple], coming: Sequence[Source], most: int) -> None:
+        """Begin to read what follows, into slots that need no wait; one that does is waited for when nothing else is
+        being read."""
+        count = len(self._ahead)
+        following = (each for source in coming for each in self._named(source))
+        for number, (chunk, start, stop, runs) in enumerate((*rest, *following) if len(rest) < most else rest):
+            if number >= most:
+                return
+            if number < count:
+                continue  # begun already
+            if not self._slots or not (self._slots[0].is_free or not self._ahead):
+                return
+            self._ahead.append(self._begin(chunk, start, stop, runs))
+
+    def _named(self, source: Source) -> Iterator[tuple]:
+        chunk = source if isinstance(source, Chunk) else source.chunk
+        return ((chunk, *each) for each in self._cut(source))
+
+    def _begin(self, chunk: Chunk, start: int, stop: int, runs: list[Run]) -> Piece:
         """Take the next slot, when what it held is written, and start to read."""
-        piece.slot = self._slots[self._next_slot]
-        self._next_slot = (self._next_slot + 1) % SLOTS
-        for write in piece.slot.writes:
+        slot = self._slots.popleft()
+        for write in slot.writes:
             write.wait()
-        piece.slot.writes = []
+        slot.writes = []
+        piece = Piece(chunk, start, stop, slot, chunk.loads)
         for payload in PAYLOADS:
-            values = getattr(piece.update.chunk, payload)
-            if isinstance(values, DiskTensor):
-                buffer = piece.slot.view(payload, values.dtype, 0, piece.stop - piece.start)
-                piece.reads.append(values[piece.part].begin_read(buffer))
-        for run in piece.runs:
+            values = getattr(chunk, payload)
+            if isinstance(values, DiskTensor) and payload in slot.buffers:
+                piece.reads.append(values[piece.part].begin_read(slot.view(payload, values.dtype, 0, stop - start)))
+        for run in runs:
             if isinstance(run.gradient, DiskTensor):
                 piece.reads.append(run.gradient.begin_read(self._gradient(piece, run)))
+        return piece
 
-    def _finish(self, piece: Piece) -> list[Handle]:
+    def _finish(self, piece: Piece, update: ChunkUpdate, runs: list[Run]) -> list[Handle]:
         """Update a piece when it has been read, and start to write it."""
         for read in piece.reads:
             read.wait()
-        chunk, slot = piece.update.chunk, piece.slot
+        chunk, slot = piece.chunk, piece.slot
         tensors: dict[str, torch.Tensor | None] = {}
         for payload in PAYLOADS:
             values = getattr(chunk, payload)
@@ -125,16 +164,17 @@ class UpdateStream:
                 tensors[payload].copy_(values.detach()[piece.part])
         runs = [
             replace(run, gradient=self._gradient(piece, run)) if isinstance(run.gradient, DiskTensor) else run
-            for run in piece.runs
+            for run in runs
         ]
         with torch.profiler.record_function(f"megalith::adam {chunk.name}"):
-            adam_runs(tensors, piece.start, runs, piece.update.factor)
+            adam_runs(tensors, piece.start, runs, update.factor)
         for payload, updated in tensors.items():
             values = getattr(chunk, payload)
             if isinstance(values, DiskTensor):
                 slot.writes.append(values[piece.part].begin_write(updated))
             elif values is not None and values.is_cuda:
                 values.detach()[piece.part].copy_(updated)
+        self._slots.append(slot)
         return list(slot.writes)
 
     def _gradient(self, piece: Piece, run: Run) -> torch.Tensor:
@@ -154,3 +194,6 @@ class WrittenEvent:
             write.wait()
 
     synchronize = wait
+
+    def done(self) -> bool:
+        return self._updated.done() and all(write.done() for write in self._writes)

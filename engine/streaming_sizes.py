@@ -4,8 +4,8 @@ from .config import Precision
 from .layout import round_up
 from .tiers import OutOfBudgetError
 
-SLOTS = 3
-"""Pieces in memory: one that is read, one that is updated, one that is written."""
+SLOTS = 6
+"""Pieces in memory: one that is updated, some that are read, some that are written."""
 
 PIECE_MULTIPLE = 4096
 """Elements: pieces of every dtype then begin on a page of the buffer and of the file."""
