@@ -15,7 +15,7 @@ from .placement import (
     fixed_tiers,
     place_chunks,
 )
-from .streaming_sizes import piece_numel_of, ring_bytes_of
+from .streaming_sizes import piece_numel_of, ring_bytes_of, slot_itemsizes
 from .tiers import OutOfBudgetError, Tier
 
 
@@ -33,7 +33,13 @@ class Machine:
 
 
 def plan_storage(layout: Layout, config: EngineConfig, rank: int, world_size: int, machine: Machine) -> StoragePlan:
-    """Raises OutOfBudgetError for a ring that is too small, and where no automatic placement fits."""
+    """Raises OutOfBudgetError for a ring that is too small, and where no automatic placement fits; NotImplementedError
+    for what several ranks cannot do."""
+    if config.update_in_backward and world_size > 1:
+        raise NotImplementedError(
+            f"update_in_backward=True with {world_size} ranks: which parameters got a gradient on any of them is known "
+            "in step(): leave it out"
+        )
 
     def assemble(weight_tiers: list[Tier], state_tiers: list[Tier]) -> StoragePlan:
         placements = place_chunks(layout.chunks, config, rank, world_size, weight_tiers, state_tiers)
@@ -110,13 +116,20 @@ def _with_staging_and_gradients(
     piece_numel = staging_bytes = 0
     if on_disk:
         largest_numel = max(placement.owned_numel for placement in on_disk)
-        precision = Precision(config.precision)
-        piece_numel = piece_numel_of(config.nvme_ring, largest_numel, precision)
-        staging_bytes = ring_bytes_of(piece_numel, precision) + STORE_RING_BYTES
+        itemsizes = ring_itemsizes(config, machine.on_gpu)
+        piece_numel = piece_numel_of(config.nvme_ring, largest_numel, itemsizes)
+        staging_bytes = ring_bytes_of(piece_numel, itemsizes) + STORE_RING_BYTES
         staging_bytes += 2 * WEIGHT_STAGING_BYTES if machine.on_gpu else 0
+    if config.update_in_backward:  # they are never kept
+        placements = [replace(placement, gradient_tier=Tier.DEVICE) for placement in placements]
     plan = StoragePlan(layout, placements, piece_numel, staging_bytes)
     room = (machine.host_room if config.host_budget is None else config.host_budget) - plan.host_peak
     return replace(plan, placements=_gradients_to_host(layout.chunks, placements, room))
+
+
+def ring_itemsizes(config: EngineConfig, on_gpu: bool) -> dict[str, int]:
+    """Of the ring that streams updates."""
+    return slot_itemsizes(Precision(config.precision), at_hand=config.update_in_backward and not on_gpu)
 
 
 def _gradients_to_host(specs: list[ChunkSpec], placements: list[ChunkPlacement], room: int) -> list[ChunkPlacement]:
@@ -149,7 +162,8 @@ def check_budgets(plan: StoragePlan, config: EngineConfig) -> None:
 
 
 MAX_IN_FLIGHT = 2
-"""Reductions of gradients whose buffers are held; one more and the backward pass waits for the oldest."""
+"""Reductions of gradients, or updates in the backward pass, whose buffers are held; one more and the backward pass
+waits for the oldest."""
 
 
 def device_peak(plan: StoragePlan, config: EngineConfig, working_bytes: int) -> int:
@@ -161,9 +175,12 @@ def device_peak(plan: StoragePlan, config: EngineConfig, working_bytes: int) -> 
 
 
 def gathered_window(layout: Layout, placements: list[ChunkPlacement], config: EngineConfig) -> int:
-    """Whole weights of sharded chunks: a block that ends, the one that begins, and those that are prefetched."""
+    """Whole weights of sharded chunks: a block that ends, the one that begins, those that are prefetched, and those
+    that are updated in place."""
     sizes = group_bytes(layout, placements)
     length = config.prefetch + 2
+    if config.update_in_backward and any(placement.weight_tier is Tier.NVME for placement in placements):
+        length += MAX_IN_FLIGHT
     return max((sum(sizes[start : start + length]) for start in range(len(sizes))), default=0)
 
 
@@ -185,7 +202,7 @@ def gradient_peak(
 
     whole = [spec.numel * itemsize(spec) for spec, _ in trainable]
     owned = sum(p.owned_numel * itemsize(s) for s, p in trainable if p.optimizer_tier is Tier.DEVICE)
-    leave = any(placement.gradient_tier is not Tier.DEVICE for _, placement in trainable)
+    leave = any(placement.optimizer_tier is not Tier.DEVICE for _, placement in trainable)
     if layout.world_size == 1 and not leave:
         return sum(whole)
     if config.zero_stage < 2 and accumulation_steps > 1 and layout.world_size > 1:
@@ -193,7 +210,8 @@ def gradient_peak(
     # Where something leaves. All chunks of a block land before the first of them is reduced.
     everywhere = layout.world_size > 1
     passing = [
-        w if everywhere or p.gradient_tier is not Tier.DEVICE else 0 for w, (_, p) in zip(whole, trainable, strict=True)
+        w if everywhere or p.optimizer_tier is not Tier.DEVICE else 0
+        for w, (_, p) in zip(whole, trainable, strict=True)
     ]
     remaining = iter(passing)
     landing = [sum(next(remaining) for spec in group.chunks if spec.trainable) for group in layout.groups]

@@ -17,7 +17,7 @@ from .disk_tensor import DiskTensor, in_memory
 from .lanes import Event
 from .layout import ChunkSpec, Slot
 from .placement import ChunkPlacement, disk_name
-from .staging import Staging
+from .staging import Staging, alias
 from .tiers import Payload, Storage, Tier
 
 
@@ -153,6 +153,18 @@ class Chunk:
             staging.read(self.weight, self.full.data[start:stop])
         else:
             self.full.data[start:stop].copy_(self.weight, non_blocking=True)
+
+    @property
+    def is_updated_in_place(self) -> bool:
+        """Whether an update in the backward pass takes the weights from `full`, where they are, and not from a
+        drive."""
+        updated = self.spec.trainable and self.placement.optimizer_tier is not Tier.DEVICE
+        return updated and self.placement.gradient_tier is Tier.DEVICE and isinstance(self.weight, DiskTensor)
+
+    def owned_in_full(self) -> torch.Tensor:
+        """The owned part [owned_numel] of the gathered weights, for as long as they are; the drive may read it."""
+        owned = self.full.data[slice(*self.placement.owned)]
+        return owned if owned.is_cuda else alias(owned)
 
     def load_full(self, values: torch.Tensor) -> None:
         """Take weight and master from whole values [numel], float32 where they are floats; they may be `full`

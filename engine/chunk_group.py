@@ -65,6 +65,21 @@ class ChunkGroup:
         return not self.pins and not self.holders
 
     @property
+    def is_updated_in_place(self) -> bool:
+        """Whether updates in the backward pass need the gathered weights."""
+        return any(chunk.is_updated_in_place for chunk in self.chunks)
+
+    @property
+    def is_updating(self) -> bool:
+        """An update is under way, before whose end the weights cannot be resharded without a wait."""
+        return any(chunk.pending is not None and not chunk.pending.done() for chunk in self.chunks)
+
+    @property
+    def is_complete(self) -> bool:
+        """The gradients of all parameters have landed."""
+        return all(gradient.is_complete for gradient in self.gradients)
+
+    @property
     def is_whole(self) -> bool:
         """The weights are there, or on their way."""
         return not self._stale
@@ -122,6 +137,16 @@ class ChunkGroup:
         self._stale = [
             chunk for chunk in self.chunks if chunk.placement.sharded or (chunk in updated and self._shares(chunk))
         ]
+
+    def mark_updated_in_place(self, updated: list[Chunk]) -> None:
+        """As `mark_updated`, on one rank in a backward pass: `full` has, or will have when the update is done, the new
+        values of those chunks whose weights are at rest on a drive."""
+        old = [
+            chunk
+            for chunk in updated
+            if chunk.placement.sharded and not chunk.is_updated_in_place and chunk not in self._stale
+        ]
+        self._stale += old
 
     def reduce_gradients(self, final: bool) -> None:
         for gradient in self.gradients:

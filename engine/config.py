@@ -65,6 +65,11 @@ class EngineConfig:
     precision: str = "fp32"
     max_grad_norm: float | None = None
     """Global 2-norm that gradients are clipped to; None leaves them."""
+    update_in_backward: bool = False
+    """Update a chunk as soon as its gradients are complete, while the backward pass goes on: nothing of the step is
+    left to do after it, and gradients are not kept. What is updated cannot be taken back. So a gradient that is not
+    finite is an error of `step()` instead of skipping it, each backward pass needs its own `step()`, and the learning
+    rates are those of the backward pass. Needs one rank, no max_grad_norm and another precision than fp16."""
     device_budget: int | str | None = None
     """Bytes of device memory for what the engine stores, activations not among it. In stage 3, weights stay gathered
     while they fit in it. None: with placement="auto", six tenths of what a GPU has free, three of a CPU's memory."""
@@ -118,6 +123,12 @@ class EngineConfig:
             reject("precision", "must be 'fp32', 'bf16' or 'fp16'")
         if self.max_grad_norm is not None and not (is_number(self.max_grad_norm) and self.max_grad_norm > 0):
             reject("max_grad_norm", "must be a number above 0, or None for no clipping")
+        if not isinstance(self.update_in_backward, bool):
+            reject("update_in_backward", "must be True or False")
+        if self.update_in_backward and self.max_grad_norm is not None:
+            reject("update_in_backward", "needs max_grad_norm=None: the norm of all gradients clips each of them")
+        if self.update_in_backward and self.precision == Precision.FP16.value:
+            reject("update_in_backward", "needs 'fp32' or 'bf16': dynamic loss scaling skips steps that overflow")
         for field in ("device_budget", "host_budget", "nvme_ring"):
             object.__setattr__(self, field, parse_bytes(getattr(self, field), field))
         if self.nvme_ring is None:

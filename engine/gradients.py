@@ -6,8 +6,8 @@
    is moved to where it waits for the step (`gradient_tier`), and added to what earlier micro-batches left there.
 3. The step takes that part, and it is gone: at once, or when the update that `step()` published has read it.
 
-On one rank, with the optimizer state on the device, there is nothing to reduce and nowhere to go: a gradient is kept as
-the tensor that autograd made.
+On one rank, with the optimizer state on the device or with updates in the backward pass, there is nothing to reduce and
+nowhere to go: a gradient is kept as the tensor that autograd made.
 """
 
 from collections import deque
@@ -69,13 +69,18 @@ class ChunkGradient:
     def __init__(self, chunk: Chunk, traffic: GradientTraffic) -> None:
         self.chunk = chunk
         self._traffic = traffic
-        self._stays = not traffic.group.is_distributed and chunk.placement.optimizer_tier is Tier.DEVICE
+        self._stays = not traffic.group.is_distributed and chunk.placement.gradient_tier is Tier.DEVICE
         self._kept: dict[str, torch.Tensor] = {}  # by name, each 1D [slot numel], where gradients stay
         self._local: torch.Tensor | None = None  # 1D [numel], on the device
         self._landed: set[str] = set()
         self._reduced: torch.Tensor | DiskTensor | None = None  # 1D [owned_numel], on its tier
         self._sum_of_squares: float | torch.Tensor | None = None  # of all parts
         self._event: Event | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Every parameter's has landed."""
+        return len(self._kept if self._stays else self._landed) == len(self.chunk.spec.slots)
 
     @property
     def has_local(self) -> bool:
@@ -205,10 +210,13 @@ class ChunkGradient:
     def hand_over(self) -> tuple[list[GradientPart], Callable[[], None]]:
         """The parts, for an update on a lane, and what to call when it is done with them."""
         parts, reduced = self.parts(), self._reduced
+        kept_bytes = sum(kept.nbytes for kept in self._kept.values())
         self._reduced = None
         self._sum_of_squares = None
+        self._kept.clear()
 
         def release() -> None:
+            self._enter(-kept_bytes)
             if self._is_extra(reduced):
                 self._traffic.ledger.add(Tier.HOST, Payload.GRADIENT, -reduced.nbytes)
 

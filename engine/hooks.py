@@ -17,7 +17,7 @@ units.
 
 import dataclasses
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -78,6 +78,12 @@ class Schedule:
         self.scaled_backwards = 0
         """Backward passes with the loss scale since the last step."""
         self.units: list[UnitHooks] = []
+        self.on_complete: Callable[[ChunkGroup], None] | None = None
+        """With update_in_backward: told of a group whose gradients are complete, once in a backward pass."""
+        self.update_begun = False
+        """With update_in_backward: something was updated since the last step."""
+        self.is_broken = False
+        """With update_in_backward: a part of the chunks is a step ahead of the others."""
 
     # Weights
 
@@ -122,7 +128,7 @@ class Schedule:
         idle = {
             key: group
             for key, (_, group) in self._manager.groups().items()
-            if group.is_sharded and group.is_whole and group.is_idle and group not in wanted
+            if group.is_sharded and group.is_whole and group.is_idle and group not in wanted and not group.is_updating
         }
         evicted = list(idle)
         if self._device_budget is not None:
@@ -155,7 +161,7 @@ class Schedule:
                 group.reshard()
 
     def refresh(self, group: ChunkGroup) -> None:
-        """Start gathering what the step changed in a group whose weights stay whole."""
+        """Start gathering what is not whole of a group, after a step or for one."""
         self._unshard(group)
 
     def wait_all(self) -> None:
@@ -186,6 +192,7 @@ class Schedule:
     def begin_forward(self) -> None:
         """Called before the model's own forward: no unit runs then, whatever an interrupt left behind."""
         self.recover()
+        self.check_sound()
         if torch._C._current_graph_task_id() == -1:
             for unit in self.units:
                 unit.depth = 0
@@ -196,6 +203,14 @@ class Schedule:
         if self._in_backward and torch._C._current_graph_task_id() == -1:
             self._leave_backward()
             self.drop_gradients()
+            self.is_broken = self.update_begun
+
+    def check_sound(self) -> None:
+        if self.is_broken:
+            raise RuntimeError(
+                "a backward pass was interrupted, or had a gradient that is not finite, after some chunks had been "
+                "updated in it (update_in_backward=True): load a checkpoint"
+            )
 
     def drop_gradients(self) -> None:
         for group in self.groups:
@@ -208,6 +223,11 @@ class Schedule:
 
     def land(self, gradient: ChunkGradient, slot: Slot, parameter: nn.Parameter) -> None:
         self.begin_backward()
+        if self.update_begun and self.micro_steps:
+            raise RuntimeError(
+                "a second backward pass before step(): update_in_backward=True has used the gradients of the first one "
+                "already. Leave it out to accumulate gradients"
+            )
         self._has_landed = True
         gradient.land(slot, parameter.grad)
         parameter.grad = None
@@ -236,7 +256,7 @@ class Schedule:
             self._done.setdefault(group, set()).add(unit)
         if not self._distributed:
             for group in groups:
-                if len(self._done[group]) == group.unit_count:
+                if len(self._done[group]) == group.unit_count and (self.on_complete is None or group.is_complete):
                     self._reduce(group)
             return
         while self._next_reduce >= 0:
@@ -269,8 +289,11 @@ class Schedule:
         if group.gradients and self._reduces_now():
             self._note_order(group.index + len(self.groups))
             group.reduce_gradients(self._is_final)
+            if self.on_complete is not None:
+                self.on_complete(group)
 
     def _end_backward(self) -> None:
+        self._drop_pins("backward ")
         while self._next_reduce >= 0:
             self._reduce_next()
         self.micro_steps += self._has_landed  # torch.autograd.grad brings nothing for a step
@@ -304,8 +327,8 @@ class UnitHooks:
         self._enclosing = enclosing
         self._schedule = schedule
         self.depth = 0  # forward calls that are running
-        # Looking rows up is linear: the backward pass of a plain embedding reads no weights.
-        self._backward_reads_weights = not (
+        # Looking rows up is linear: the backward pass of a plain embedding reads no weights, unless to update them.
+        self._backward_reads_weights = any(group.is_updated_in_place for group in groups) or not (
             isinstance(unit.module, nn.Embedding) and len(list(unit.module.parameters())) == 1
         )
         self._forward_pin = f"forward of {unit.name}"

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -16,11 +16,11 @@ from .config import EngineConfig, Precision
 from .disk_tensor import DiskTensor
 from .gradients import ChunkGradient, GradientPart
 from .hooks import Schedule
+from .in_backward import InBackward
 from .lanes import Lane
 from .layout import Slot
 from .loss_scaler import DynamicLossScaler
-from .nvme import Handle
-from .streaming import UpdateStream, WrittenEvent
+from .streaming import Source, UpdateStream, WrittenEvent
 from .tiers import Tier
 from .update import ChunkUpdate, Run, execute
 
@@ -61,7 +61,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
     Chunks whose state is on the device are updated at once. For the others `step()` fixes the factor and the
     hyperparameters and returns: their updates run on a lane while the next forward pass computes, each before the first
     use of its chunk. That also holds without clipping: whether a gradient is not finite, and the step to be skipped, is
-    known when all have been reduced and no sooner.
+    known when all have been reduced and no sooner. With `update_in_backward` a chunk does not wait for the others, and
+    `step()` only tells of a gradient that was not finite.
     """
 
     def __init__(
@@ -95,6 +96,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
             slot.fqn: 0 for group in groups for gradient in group.gradients for slot in gradient.chunk.spec.slots
         }
         """Updates that each trainable parameter has had."""
+        self._in_backward = InBackward(groups) if config.update_in_backward else None
+        if self._in_backward is not None:
+            schedule.on_complete = self._update_in_backward
         self.grad_norm = math.nan
         """Global 2-norm of the last step's gradient, before clipping."""
         self.skipped_steps = 0
@@ -113,6 +117,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if not set_to_none:
             raise ValueError("set_to_none=False is not supported: gradients are dropped")
         self._schedule.recover()
+        if self._schedule.update_begun:
+            raise RuntimeError(
+                "zero_grad() after backward and before step(): update_in_backward=True has used the gradients already"
+            )
         self._schedule.drop_gradients()
 
     @torch.no_grad()
@@ -122,16 +130,20 @@ class ZeroOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._schedule.recover()
+        self._schedule.check_sound()
         self._check_usage()
-        touched = self._agree()
-        self._schedule.reshard_all()
-        self.grad_norm, found_inf = self._norm()
-        if found_inf:
-            self.skipped_steps += 1
+        if self._in_backward is not None:
+            self._end_updates(self._in_backward)
         else:
-            self._update(touched, self._factor())
-        if self.scaler is not None:
-            self.scaler.update(found_inf)
+            touched = self._agree()
+            self._schedule.reshard_all()
+            self.grad_norm, found_inf = self._norm()
+            if found_inf:
+                self.skipped_steps += 1
+            else:
+                self._update(touched, self._factor())
+            if self.scaler is not None:
+                self.scaler.update(found_inf)
         self._schedule.expected_micro_steps = max(self._schedule.micro_steps, 1)
         self.zero_grad()
         self._schedule.prefetch()
@@ -232,21 +244,86 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Give updates to their lane, in order: whoever uses a chunk next waits for its own."""
         coming = [update for update in updates if update.is_streamed]
         for update, release in zip(updates, releases, strict=True):
-            writes: list[Handle] = []
             if update.is_streamed:
                 coming = coming[1:]
+            self._submit(update, coming, release)
 
-            # Not of `self`, which holds the model.
-            def work(stream=self._stream, update=update, coming=coming, release=release, writes=writes) -> None:
-                if update.is_streamed:
-                    writes.extend(stream.execute(update, coming))
-                else:
-                    execute(update)
+    def _submit(self, update: ChunkUpdate, coming: Sequence[Source], release: Callable[[], None]) -> None:
+        """Give an update to its lane; `coming` are read ahead."""
+        stream, writes = self._stream, []
+
+        def work() -> None:  # does not know `self`, which holds the model
+            if update.is_streamed:
+                writes.extend(stream.execute(update, coming))
+            else:
+                execute(update)
+            release()
+
+        chunk = update.chunk
+        chunk.settle()
+        chunk.pending = WrittenEvent(self._lane.submit(work, f"update {chunk.name}"), writes)
+
+    # With update_in_backward
+
+    def _update_in_backward(self, group: ChunkGroup) -> None:
+        """The gradients of `group` are complete."""
+        state = self._in_backward
+        touched = {slot.fqn for gradient in group.gradients for slot in gradient.chunk.spec.slots}
+        touched &= self._schedule.touched
+        if not touched:
+            return
+        if group.is_held:
+            raise RuntimeError(f"{group.name} is updated in the backward pass, and a `gathered` context reads it")
+        self._schedule.update_begun = True
+        state.fix([self._hyper(index, 1) for index in range(len(self.param_groups))])
+        for fqn in touched:
+            self.steps_taken[fqn] += 1
+        gradients = [g for g in group.gradients if any(slot.fqn in touched for slot in g.chunk.spec.slots)]
+        in_place = any(gradient.chunk.is_updated_in_place for gradient in gradients)
+        if group.is_sharded and group.is_idle and not in_place:
+            group.reshard()
+        if in_place:
+            self._schedule.refresh(group)
+            group.wait()
+        for gradient in gradients:
+            chunk, squares = gradient.chunk, gradient.squares()
+            state.squares.append((chunk, squares))
+            parts, release = gradient.hand_over()
+            runs = list(self._runs(chunk, touched, parts))
+            weight = chunk.owned_in_full() if chunk.is_updated_in_place else None
+            update = ChunkUpdate(chunk, runs, self._averaging(), weight, squares)
+            if chunk.placement.optimizer_tier is Tier.DEVICE:
+                execute(update)
                 release()
+            else:
+                self._submit(update, state.follow(chunk) if update.is_streamed else (), release)
+        group.mark_updated_in_place([gradient.chunk for gradient in gradients])
+        state.bound(group)
 
-            chunk = update.chunk
-            chunk.settle()
-            chunk.pending = WrittenEvent(self._lane.submit(work, f"update {chunk.name}"), writes)
+    def _end_updates(self, state: InBackward) -> None:
+        """Raises FloatingPointError for a gradient that was not finite, and RuntimeError for what came too late."""
+        for gradient in self._gradients():
+            if gradient.parts():
+                raise RuntimeError(
+                    f"{gradient.chunk.name} got another gradient after it had been updated in the backward pass: "
+                    "update_in_backward=True cannot train this model"
+                )
+        squares = [(chunk, float(value)) for chunk, value in state.squares]
+        self.grad_norm = math.sqrt(math.fsum(value for _, value in squares)) * self._averaging()
+        bad = [chunk.name for chunk, value in squares if not math.isfinite(value)]
+        if bad:
+            self._schedule.is_broken = True
+            raise FloatingPointError(
+                f"the gradient of {', '.join(bad[:5])} is not finite, and other chunks have been updated in this "
+                "backward pass already: load a checkpoint; without update_in_backward such a step is skipped"
+            )
+        if squares:
+            state.check([self._hyper(index, 1) for index in range(len(self.param_groups))])
+        state.close()
+        self._schedule.update_begun = False
+        if self._stream is not None:
+            stream, coming = self._stream, state.follow(None)
+            self._lane.submit(lambda: stream.read_ahead(coming), "read ahead")
 
     def _runs(self, chunk: Chunk, touched: set[str], parts: list[GradientPart]) -> Iterator[Run]:
         """The owned slots, cut where the group, the step number or being touched changes."""
@@ -315,6 +392,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
             group.update(saved)
         self.steps_taken.update(state["steps_taken"])
         self.skipped_steps = state["skipped_steps"]
+        self._schedule.is_broken = self._schedule.update_begun = False
+        if self._in_backward is not None:
+            self._in_backward.close()
         self._schedule.expected_micro_steps = state["expected_micro_steps"]
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])

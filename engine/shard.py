@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .blocks import ModelParts, find_parts
-from .budgets import Machine, check_budgets, gathered_window, gradient_peak, plan_storage
+from .budgets import Machine, check_budgets, gathered_window, gradient_peak, plan_storage, ring_itemsizes
 from .chunk import Chunk
 from .chunk_group import ChunkGroup
 from .collectives import RankGroup, make_rank_group
@@ -177,7 +177,12 @@ def initialize(
     if optimizer is not None:
         stream = None
         if storage_plan.uses_disk:
-            stream = UpdateStream(storage_plan.piece_numel, Precision(config.precision), pin=device.type == "cuda")
+            stream = UpdateStream(
+                storage_plan.piece_numel,
+                ring_itemsizes(config, device.type == "cuda"),
+                pin=device.type == "cuda",
+                weights_at_hand=config.update_in_backward,
+            )
         zero_optimizer = ZeroOptimizer(optimizer, groups, schedule, rank_group, config, model, lanes.updates, stream)
     engine = Engine(model, zero_optimizer, config, layout, groups, schedule, rank_group, ledger)
     for module in model.modules():

@@ -24,7 +24,7 @@ class Staging:
 
     def read(self, source: DiskTensor, out: torch.Tensor) -> None:
         if not self._buffers:
-            source.begin_read(_alias(out)).wait()
+            source.begin_read(alias(out)).wait()
             return
         for part, buffer, before in self._pieces(source):
             source[part].begin_read(buffer).wait()
@@ -56,7 +56,7 @@ class Staging:
             yield part, self._buffers[which].view(tensor.dtype)[: part.stop - part.start], used[which]
 
 
-def _alias(tensor: torch.Tensor) -> torch.Tensor:
+def alias(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory under a storage of its own: numpy, through which the drive writes, would forbid for good to
     resize that of a chunk."""
     memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())

@@ -12,11 +12,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from .chunk import Chunk
-from .config import Precision
 from .disk_tensor import DiskTensor
 from .lanes import Event
 from .nvme import Handle
-from .streaming_sizes import SLOTS, ring_bytes_of, slot_itemsizes
+from .streaming_sizes import SLOTS, ring_bytes_of
 from .tiers import HostSlab
 from .update import PAYLOADS, ChunkUpdate, Run, adam_runs
 
@@ -61,10 +60,12 @@ Source = ChunkUpdate | Chunk
 class UpdateStream:
     """Belongs to the lane of the updates."""
 
-    def __init__(self, piece_numel: int, precision: Precision, pin: bool) -> None:
+    def __init__(self, piece_numel: int, itemsizes: dict[str, int], pin: bool, weights_at_hand: bool) -> None:
+        """`itemsizes`: of what goes through the ring (`slot_itemsizes`). `weights_at_hand`: updates come with those
+        that are at rest on a drive."""
+        self._weights_at_hand = weights_at_hand
         self._piece_numel = piece_numel
-        slab = HostSlab(ring_bytes_of(piece_numel, precision), pin)
-        itemsizes = slot_itemsizes(precision)
+        slab = HostSlab(ring_bytes_of(piece_numel, itemsizes), pin)
         self._slots = deque(
             Slot({payload: slab.take(itemsize * piece_numel, torch.uint8) for payload, itemsize in itemsizes.items()})
             for _ in range(SLOTS)
@@ -141,7 +142,7 @@ class UpdateStream:
         piece = Piece(chunk, start, stop, slot, chunk.loads)
         for payload in PAYLOADS:
             values = getattr(chunk, payload)
-            if isinstance(values, DiskTensor) and payload in slot.buffers:
+            if isinstance(values, DiskTensor) and not (payload == "weight" and self._weights_at_hand):
                 piece.reads.append(values[piece.part].begin_read(slot.view(payload, values.dtype, 0, stop - start)))
         for run in runs:
             if isinstance(run.gradient, DiskTensor):
@@ -153,29 +154,41 @@ class UpdateStream:
         for read in piece.reads:
             read.wait()
         chunk, slot = piece.chunk, piece.slot
+        sources = {payload: getattr(chunk, payload) for payload in PAYLOADS}
+        if update.weight is not None:
+            sources["weight"] = update.weight
         tensors: dict[str, torch.Tensor | None] = {}
-        for payload in PAYLOADS:
-            values = getattr(chunk, payload)
+        for payload, values in sources.items():
             if isinstance(values, DiskTensor) or (values is not None and values.is_cuda):
                 tensors[payload] = slot.view(payload, values.dtype, 0, piece.stop - piece.start)
             else:
                 tensors[payload] = None if values is None else values.detach()[piece.part]
             if isinstance(values, torch.Tensor) and values.is_cuda:
                 tensors[payload].copy_(values.detach()[piece.part])
-        runs = [
-            replace(run, gradient=self._gradient(piece, run)) if isinstance(run.gradient, DiskTensor) else run
-            for run in runs
-        ]
+        runs = [replace(run, gradient=self._in_host_memory(piece, run)) for run in runs]
         with torch.profiler.record_function(f"megalith::adam {chunk.name}"):
-            adam_runs(tensors, piece.start, runs, update.factor)
+            adam_runs(tensors, piece.start, runs, update)
         for payload, updated in tensors.items():
-            values = getattr(chunk, payload)
-            if isinstance(values, DiskTensor):
-                slot.writes.append(values[piece.part].begin_write(updated))
-            elif values is not None and values.is_cuda:
-                values.detach()[piece.part].copy_(updated)
+            at_rest, source = getattr(chunk, payload), sources[payload]
+            if isinstance(at_rest, DiskTensor):
+                slot.writes.append(at_rest[piece.part].begin_write(updated))
+            if isinstance(source, torch.Tensor) and source.is_cuda:
+                source.detach()[piece.part].copy_(updated)
         self._slots.append(slot)
         return list(slot.writes)
+
+    def _in_host_memory(self, piece: Piece, run: Run) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """The gradient of a run, which has been read if it was on the drive."""
+        if isinstance(run.gradient, DiskTensor):
+            return self._gradient(piece, run)
+        parts = run.gradient if isinstance(run.gradient, tuple) else (run.gradient,)
+        if not parts[0].is_cuda:
+            return run.gradient
+        start, stop = run.start - piece.start, run.stop - piece.start
+        copies = piece.slot.view("gradient", parts[0].dtype, start, stop)
+        for copy, part in zip(copies.split([part.numel() for part in parts]), parts, strict=True):
+            copy.copy_(part)
+        return copies
 
     def _gradient(self, piece: Piece, run: Run) -> torch.Tensor:
         return piece.slot.view("gradient", run.gradient.dtype, run.start - piece.start, run.stop - piece.start)

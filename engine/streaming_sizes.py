@@ -11,9 +11,12 @@ PIECE_MULTIPLE = 4096
 """Elements: pieces of every dtype then begin on a page of the buffer and of the file."""
 
 
-def slot_itemsizes(precision: Precision) -> dict[str, int]:
-    """Bytes of an element of each payload in a slot; the gradient may be a float32 sum."""
-    sizes = {"gradient": 4, "weight": precision.dtype.itemsize, "exp_avg": 4, "exp_avg_sq": 4}
+def slot_itemsizes(precision: Precision, at_hand: bool = False) -> dict[str, int]:
+    """Bytes of an element of each payload in a slot; the gradient may be a float32 sum. `at_hand`: gradient and weight
+    are in host memory already when they are needed."""
+    sizes = {"exp_avg": 4, "exp_avg_sq": 4}
+    if not at_hand:
+        sizes |= {"gradient": 4, "weight": precision.dtype.itemsize}
     if precision is Precision.BF16:
         sizes["remainder"] = 2
     if precision is Precision.FP16:
@@ -21,9 +24,9 @@ def slot_itemsizes(precision: Precision) -> dict[str, int]:
     return sizes
 
 
-def piece_numel_of(ring_bytes: int, largest_numel: int, precision: Precision) -> int:
+def piece_numel_of(ring_bytes: int, largest_numel: int, itemsizes: dict[str, int]) -> int:
     """How many elements of a chunk a slot holds. Raises OutOfBudgetError for a ring that is too small."""
-    element_bytes = SLOTS * sum(slot_itemsizes(precision).values())
+    element_bytes = SLOTS * sum(itemsizes.values())
     most = ring_bytes // element_bytes // PIECE_MULTIPLE * PIECE_MULTIPLE
     if most == 0:
         least = element_bytes * PIECE_MULTIPLE
@@ -31,5 +34,5 @@ def piece_numel_of(ring_bytes: int, largest_numel: int, precision: Precision) ->
     return min(most, round_up(max(largest_numel, 1), PIECE_MULTIPLE))
 
 
-def ring_bytes_of(piece_numel: int, precision: Precision) -> int:
-    return SLOTS * piece_numel * sum(slot_itemsizes(precision).values())
+def ring_bytes_of(piece_numel: int, itemsizes: dict[str, int]) -> int:
+    return SLOTS * piece_numel * sum(itemsizes.values())

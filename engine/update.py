@@ -5,8 +5,9 @@ in it. So it gives the same bits whenever it is executed: those of chunks on the
 chunks on a lane, in the order in which the next forward pass needs the weights, while earlier blocks compute.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -29,9 +30,18 @@ class Run:
     hyper: AdamHyper
 
     def cut(self, start: int, stop: int) -> "Run":
-        """What of it lies in [start, stop), where the gradient is one."""
+        """What of it lies in [start, stop)."""
         start, stop = max(start, self.start), min(stop, self.stop)
-        return Run(start, stop, self.gradient[start - self.start : stop - self.start], self.hyper)
+        first, last = start - self.start, stop - self.start
+        if isinstance(self.gradient, tuple):
+            return Run(start, stop, tuple(cut_parts(self.gradient, first, last)), self.hyper)
+        return Run(start, stop, self.gradient[first:last], self.hyper)
+
+    def on(self, device: torch.device) -> "Run":
+        """With its gradient in the memory of `device`."""
+        if isinstance(self.gradient, tuple):
+            return replace(self, gradient=tuple(part.to(device) for part in self.gradient))
+        return replace(self, gradient=self.gradient.to(device))
 
 
 @dataclass(frozen=True)
@@ -40,12 +50,26 @@ class ChunkUpdate:
     runs: list[Run]
     factor: float
     """Averages over ranks, unscales and clips."""
+    weight: torch.Tensor | None = None
+    """The owned part of the weights, where it is in memory although it is at rest on a drive. It is updated too."""
+    squares: torch.Tensor | float = 0.0
+    """The sum of the gradient's squares, if it has not been looked at before: nothing is updated where that is not
+    finite."""
 
     @property
     def is_streamed(self) -> bool:
         """Something of it is on a drive."""
         payloads = [getattr(self.chunk, payload) for payload in PAYLOADS]
         return any(isinstance(values, DiskTensor) for values in [*payloads, *(run.gradient for run in self.runs)])
+
+
+def cut_parts(tensors: tuple[torch.Tensor, ...], start: int, stop: int) -> Iterator[torch.Tensor]:
+    """Elements [start, stop) of tensors [numel] that follow each other."""
+    offset = 0
+    for tensor in tensors:
+        if offset < stop and start < offset + tensor.numel():
+            yield tensor[max(start - offset, 0) : stop - offset]
+        offset += tensor.numel()
 
 
 @torch.no_grad()
@@ -55,14 +79,19 @@ def execute(update: ChunkUpdate) -> None:
     weight = chunk.weight.data.to(chunk.exp_avg.device)  # the same tensor where weight and state are on one device
     tensors = {payload: getattr(chunk, payload) for payload in PAYLOADS} | {"weight": weight}
     with torch.profiler.record_function(f"megalith::adam {chunk.name}"):
-        adam_runs(tensors, 0, update.runs, update.factor)
+        adam_runs(tensors, 0, [run.on(chunk.exp_avg.device) for run in update.runs], update)
     if weight.data_ptr() != chunk.weight.data_ptr():
         chunk.weight.data.copy_(weight)
 
 
-def adam_runs(tensors: Mapping[str, torch.Tensor | None], offset: int, runs: list[Run], factor: float) -> None:
-    """Update `tensors`, by payload, which hold the owned elements from `offset` on, all on one device."""
-    values = torch.tensor([factor, 0.0], dtype=torch.float32, device=tensors["exp_avg"].device)
+def adam_runs(tensors: Mapping[str, torch.Tensor | None], offset: int, runs: list[Run], update: ChunkUpdate) -> None:
+    """Update `tensors`, by payload, which hold the owned elements from `offset` on, by `runs` of `update`, all on one
+    device."""
+    values = torch.tensor([update.factor, 0.0], dtype=torch.float32, device=tensors["exp_avg"].device)
+    if isinstance(update.squares, torch.Tensor):
+        values[1:] = update.squares.isfinite().logical_not()
+    elif not math.isfinite(update.squares):
+        return
     for run in runs:
         part = {
             payload: None if tensor is None else tensor[run.start - offset : run.stop - offset]
