@@ -10,6 +10,7 @@ round: a ratio is that of two readings of one round. `mixed` reads one half of t
 import argparse
 import os
 import queue
+import statistics
 import sys
 import tempfile
 import threading
@@ -82,6 +83,16 @@ def move_plain(file: DirectFile, mode: str) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+
+
+def plain_mixed_bytes_per_s(folder: str | os.PathLike, nbytes: int, rounds: int) -> float:
+    """What plain large direct reads and writes side by side reach on the drive of `folder`: the median."""
+    with tempfile.TemporaryDirectory(dir=folder) as inside:
+        file = DirectFile(os.path.join(inside, "plain.data"), nbytes)
+        move_plain(file, "write")
+        readings = [timed(lambda mode: move_plain(file, mode), "mixed") for _ in range(rounds)]
+        file.close()
+    return nbytes / statistics.median(readings)
 
 
 def move_store(store: NvmeStore, tensors: list[torch.Tensor]) -> Callable[[str], None]:

@@ -45,11 +45,14 @@ def main():
     step = BUILDERS[options.peer](model, options, device)
     losses = [step(tokens).detach() for _ in range(options.warmup)]
     barrier(device)
+    store = drive_of(model, options)
+    moved_bytes = store.bytes_read + store.bytes_written if store else 0
     busy_s, cpu_s, start_s = machine_busy_s(), time.process_time(), time.perf_counter()
     losses += [step(tokens).detach() for _ in range(options.steps)]
     barrier(device)
     wall_s = time.perf_counter() - start_s
     busy_s, cpu_s = machine_busy_s() - busy_s, time.process_time() - cpu_s
+    moved_bytes = (store.bytes_read + store.bytes_written - moved_bytes) / options.steps if store else 0
 
     mine = {
         "losses": [float(loss) for loss in losses],
@@ -68,10 +71,15 @@ def main():
             "peak_rss_bytes": max(r["peak_rss_bytes"] for r in ranks),
             "own_rss_bytes": max(r["peak_rss_bytes"] - r["start_rss_bytes"] for r in ranks),
             "peak_rss_sum_bytes": sum(r["peak_rss_bytes"] for r in ranks),
+            "step_s": wall_s / options.steps,
             "cpu_s_per_step": cpu_s / options.steps,
             # What the rest of the machine did meanwhile, of all its cores: it tells a reading taken in noise.
             "other_load_share": max(0.0, busy_s - cpu_s) / (wall_s * psutil.cpu_count()),
         }
+        if store:
+            metrics["drive_bytes"] = moved_bytes
+            metrics["drive_floor_s"] = moved_bytes / drive_bytes_per_s(options.nvme_dir)
+            metrics["drive_use_share"] = metrics["drive_floor_s"] / metrics["step_s"]
         if device.type == "cuda":
             metrics["peak_cuda_bytes"] = max(r["peak_cuda_bytes"] for r in ranks)
         result = {
@@ -168,8 +176,25 @@ def build_megalith(model, options, device):
         placement=options.placement,
         precision=options.precision,
         nvme_dir=options.nvme_dir if options.placement == "nvme" else None,
+        update_in_backward=options.update_in_backward,
     )
     return torch_step(model, optimizer)
+
+
+def drive_of(model, options):
+    """The store of the engine's drive, which counts what is moved, or None."""
+    if options.peer != "megalith" or options.placement != "nvme":
+        return None
+    from megalith.engine.shard import engine_of
+
+    return engine_of(model).chunks[0].weight.store
+
+
+def drive_bytes_per_s(folder):
+    """What plain large direct reads and writes reach side by side: the median of three readings."""
+    from megalith.bench.nvme import plain_mixed_bytes_per_s
+
+    return plain_mixed_bytes_per_s(folder, 2**29, rounds=3)
 
 
 BUILDERS = {
