@@ -31,6 +31,7 @@ def save_checkpoint(
     """
     engine = engine_of(model)
     engine.schedule.recover()
+    engine.schedule.check_sound()
     error = _wrong_optimizer(engine, optimizer)
     if engine.schedule.micro_steps:
         error = RuntimeError("gradients wait for a step and are not saved: call optimizer.step() or zero_grad() first")

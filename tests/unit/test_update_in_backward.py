@@ -117,7 +117,11 @@ def test_an_interrupted_backward_pass_is_an_error_until_a_checkpoint_is_loaded(t
     with pytest.raises(KeyboardInterrupt):
         backward(model)
     handle.remove()
-    for use in (lambda: backward(model), optimizer.step):
+    for use in (
+        lambda: backward(model),
+        optimizer.step,
+        lambda: engine.save_checkpoint(tmp_path / "saved", model, optimizer),
+    ):
         with pytest.raises(RuntimeError, match="interrupted.*load a checkpoint"):
             use()
     engine.load_checkpoint(tmp_path / "saved", model, optimizer)
