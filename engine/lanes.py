@@ -60,6 +60,15 @@ class ThreadEvent:
         return self._done.is_set()
 
 
+WORKER_PREFIX = "megalith-"
+"""Of the names of the threads that move data."""
+
+
+def on_worker() -> bool:
+    """Whether the caller is such a thread."""
+    return threading.current_thread().name.startswith(WORKER_PREFIX)
+
+
 class ThreadLane:
     """A worker thread that does its work in order. After a failure the lane refuses all later work with that failure:
     what depended on the failed work must not run, and every waiter gets the reason."""
@@ -70,7 +79,7 @@ class ThreadLane:
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._error: LaneError | None = None
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name=f"megalith-{name}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=WORKER_PREFIX + name, daemon=True)
         self._thread.start()
 
     def submit(self, work: Callable[[], None], label: str) -> ThreadEvent:

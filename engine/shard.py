@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from .collectives import RankGroup, make_rank_group
 from .config import EngineConfig, Precision, check_folder
 from .gradients import GradientTraffic
 from .hooks import Schedule, UnitHooks, tensors_in
-from .lanes import InlineLane, Lane, make_lane
+from .lanes import InlineLane, Lane, make_lane, on_worker
 from .layout import Layout, ParamSpec, pack
 from .machine import read_machine
 from .manager import Manager
@@ -546,6 +547,9 @@ def _cast_floats(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _close(lanes: Lanes, store: NvmeStore | None, ledger: Ledger) -> None:
+    if on_worker():  # where the garbage collector came by in the middle of a transfer, whose locks the thread holds
+        threading.Thread(target=_close, args=(lanes, store, ledger), name="closing of an engine").start()
+        return
     for lane in (lanes.copies, lanes.updates, lanes.transfers):
         lane.close()
     if store is not None:
