@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+import threading
 
 import megalith.engine as engine
 import pytest
@@ -201,3 +202,23 @@ def test_a_corrupt_drive_is_found_by_its_checksum(tmp_path):
         os.fsync(file.fileno())
     with pytest.raises((engine.NvmeError, LaneError), match="corrupt"):
         fit(model, optimizer, language_loss, 2)
+
+
+def test_an_engine_that_is_collected_in_the_middle_of_a_transfer_of_its_own_is_closed(tmp_path):
+    """The lane's thread holds a lock of the drive's pool then, which closing that pool needs too."""
+    held = list(initialized(llama, **on_drive(tmp_path, nvme_checksums=False)))
+    pool, lane = engine_of(held[0]).chunks[0].exp_avg.store._pool, held[1]._lane
+    ended = threading.Event()
+
+    def collect():
+        with pool._shutdown_lock:
+            held.clear()
+            gc.collect()
+        ended.set()
+
+    lane.submit(collect, "collection")
+    assert ended.wait(20), "the lane waits for itself"
+    for thread in threading.enumerate():
+        if thread.name == "closing of an engine":
+            thread.join(20)
+    assert os.listdir(tmp_path) == []
