@@ -88,8 +88,8 @@ class Chunk:
         self.master: torch.Tensor | DiskTensor | None = None  # float32, fp16 only
         self.exp_avg: torch.Tensor | DiskTensor | None = None  # float32
         self.exp_avg_sq: torch.Tensor | DiskTensor | None = None  # float32
-        self.loads = 0
-        """How often weight or state at rest were replaced by something else than an update."""
+        self.version = 0
+        """Of weight and state at rest: what was read of an older one is void."""
         self.rest_grad: torch.Tensor | DiskTensor | None = None
         """Where gradients wait for the step, off the device."""
         self.pending: Event | None = None
@@ -178,7 +178,7 @@ class Chunk:
         """Take weight and master of the owned elements in `part` from full-precision values. Of a chunk that is neither
         sharded nor wholly owned, the caller gathers the rest."""
         self.settle()
-        self.loads += 1
+        self.version += 1
         weight = self.weight[part] if isinstance(self.weight, DiskTensor) else self.weight.data[part]
         if self.remainder is None:
             weight.copy_(values)
@@ -197,7 +197,7 @@ class Chunk:
     def load_moment(self, payload: str, values: torch.Tensor, part: slice) -> None:
         """Take "exp_avg" or "exp_avg_sq" of the owned elements in `part`."""
         self.settle()
-        self.loads += 1
+        self.version += 1
         getattr(self, payload)[part].copy_(values)
 
     def values_of(self, payload: str, part: slice) -> torch.Tensor:

@@ -19,14 +19,14 @@ class InBackward:
     """Sums of the gradients' squares, of the chunks that were updated in this pass."""
     _hyper: list[AdamHyper] | None = None
     _order: list[Chunk] = field(default_factory=list)
-    """Of the updates of the last pass that go to a drive: those of the next one are read ahead in it."""
+    """In which chunks on a drive were updated in the last pass: those of the next one are read ahead in it."""
     _done: list[Chunk] = field(default_factory=list)
     """Those of this pass."""
     _in_flight: deque[ChunkGroup] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
         chunks = [gradient.chunk for group in reversed(self.groups) for gradient in group.gradients]
-        self._order = [chunk for chunk in chunks if isinstance(chunk.exp_avg, DiskTensor)]  # until it is known
+        self._order = [chunk for chunk in chunks if isinstance(chunk.exp_avg, DiskTensor)]
 
     def fix(self, hyper: list[AdamHyper]) -> None:
         """The hyperparameters of all optimizer groups, at every update of a pass."""
@@ -49,8 +49,10 @@ class InBackward:
         if chunk is None:
             return self._order
         self._done.append(chunk)
-        at = self._order.index(chunk) + 1 if chunk in self._order else 0
-        return self._order[at:] + self._order[:at]
+        if chunk not in self._order:
+            return []
+        at = self._order.index(chunk)
+        return self._order[at + 1 :] + self._order[:at]
 
     def bound(self, group: ChunkGroup) -> None:
         """Wait until few updates are under way."""

@@ -44,8 +44,8 @@ class Piece:
     start: int
     stop: int
     slot: Slot
-    loads: int
-    """Of the chunk's `loads`, when the reads began: what was read before a later load is void."""
+    version: int
+    """Of the chunk, when the reads began."""
     reads: list[Handle] = field(default_factory=list)
 
     @property
@@ -84,6 +84,7 @@ class UpdateStream:
             self._read_ahead(rest, coming, most=SLOTS - 2)
             writes = [write for write in writes if not write.done() or write.wait()]
             writes += self._finish(piece, update, runs)
+        update.chunk.version += 1
         return writes
 
     @torch.no_grad()
@@ -108,7 +109,7 @@ class UpdateStream:
         """The piece, whose reads have begun."""
         while self._ahead:
             piece = self._ahead.popleft()
-            if (piece.chunk, piece.start, piece.loads) == (chunk, start, chunk.loads):
+            if (piece.chunk, piece.start, piece.version) == (chunk, start, chunk.version):
                 return piece
             for read in piece.reads:  # foreseen wrongly
                 read.settle()
@@ -139,7 +140,7 @@ class UpdateStream:
         for write in slot.writes:
             write.wait()
         slot.writes = []
-        piece = Piece(chunk, start, stop, slot, chunk.loads)
+        piece = Piece(chunk, start, stop, slot, chunk.version)
         for payload in PAYLOADS:
             values = getattr(chunk, payload)
             if isinstance(values, DiskTensor) and not (payload == "weight" and self._weights_at_hand):
