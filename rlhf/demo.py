@@ -39,10 +39,10 @@ class Sizes:
     """How much of everything. Batches are over all ranks."""
 
     rows: int = 8000  # of text, and of instructions
-    pairs: int = 12_000
-    held_out: int = 400  # problems that no stage trains on
-    held_out_pairs: int = 200  # of those, as preferences
-    pretrain_steps: int = 120
+    pairs: int = 16_000
+    held_out: int = 1000  # problems that no stage trains on
+    held_out_pairs: int = 400  # of those, as preferences
+    pretrain_steps: int = 150
     sft_steps: int = 250
     rm_steps: int = 250
     ppo_iterations: int = 60
