@@ -1,5 +1,8 @@
 """What is stored where: the report against the plan, budgets, fractions, and the lanes and tiers below."""
 
+import re
+from pathlib import Path
+
 import megalith.engine as engine
 import pytest
 import torch
@@ -171,6 +174,20 @@ def test_the_ledger_counts_to_the_byte():
     }
     with pytest.raises(RuntimeError, match="1 bytes more of gradient freed than stored on device"):
         ledger.add(Tier.DEVICE, Payload.GRADIENT, -1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads Linux's list of mappings")
+def test_a_slab_asks_for_huge_pages():
+    slab = HostSlab(8 << 20, pin=False)
+    address = slab.take(1, torch.uint8).data_ptr()
+    flags = ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if bounds:
+            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif inside and line.startswith("VmFlags"):
+            flags = line
+    assert "hg" in flags.split()
 
 
 def test_a_host_slab_is_exact():
