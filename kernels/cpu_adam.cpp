@@ -329,7 +329,7 @@ struct Avx512 {
 template <class Visitor>
 void with_isa([[maybe_unused]] int isa, Visitor visit) {
 #ifdef X86_DISPATCH
-  if (isa == kAvx512) return visit(Avx512{});
+  if (isa >= kAvx512) return visit(Avx512{});
   if (isa == kAvx2) return visit(Avx2{});
 #endif
   visit(Baseline{});
@@ -387,7 +387,7 @@ enum Form : int { kFloat32 = 0, kSplit = 1, kMasterBFloat16 = 2, kMasterFloat16 
 extern "C" {
 
 // Raised with every change of a function that native.py calls, so that a stale build is refused instead of crashing.
-int megalith_cpu_abi() { return 5; }
+int megalith_cpu_abi() { return 6; }
 
 int megalith_cpu_isa() { return best_isa(); }
 

@@ -12,6 +12,10 @@
 #define AVX2 __attribute__((target("avx2,f16c")))
 #define AVX2_INLINE AVX2 ALWAYS_INLINE
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
+#define AVX512_FMA __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,f16c,fma,prefer-vector-width=512")))
+#define AVX512_BF16 \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,f16c,fma,prefer-vector-width=512")))
+#define AVX512_BF16_INLINE AVX512_BF16 ALWAYS_INLINE
 #endif
 
 namespace {
@@ -133,13 +137,13 @@ void with_format(int dtype, Visitor visit) {
 
 // ---- instruction sets and threads ----
 
-enum Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+enum Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
 inline int best_isa() {
 #ifdef X86_DISPATCH
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
-    return kAvx512;
+    return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
   if (__builtin_cpu_supports("avx2")) return kAvx2;  // every CPU that has it has F16C too
 #endif
   return kBaseline;

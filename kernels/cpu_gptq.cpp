@@ -76,6 +76,21 @@ ALWAYS_INLINE void dequantize_loop(const Gptq& w, const int32_t* perm, void* out
 }
 
 // ---- multiply ----
+// y[m][n] = sum over groups of scale * (sum of x * (code - middle) - (zero - middle) * sum of x): scale and zero-point
+// stay out of the loop over codes. A way to multiply says what its codes' middle is, and into how many rows of what
+// kind it splits one row of x.
+
+struct Product {
+  Gptq w;
+  const float* x;       // [M, x_stride]: zeros beyond K, so that the last word needs no care
+  const float* x_sums;  // [M, G]: of each group's x
+  float* y;             // [M, N]
+  int64_t rows, x_stride, groups;
+  int x_terms;                    // upper halves of float32 that make up an x without loss
+  std::vector<uint32_t> x_pairs;  // [M, x_terms, x_stride / 2], for PairProducts
+
+  const uint32_t* words(int64_t word, int64_t column) const { return w.qweight + word * w.out_features + column; }
+};
 
 // Vectors of kLanes float32, of which kMost are worked on together for one or two rows of x, and kFew for four: so many
 // that the sums stay in registers. GCC's vector extension lowers them to what the target has.
@@ -87,106 +102,227 @@ struct Vectors {
   typedef uint32_t Words __attribute__((vector_size(4 * kLanes), aligned(4)));
 };
 
-// sums[m][n] = sum of x[m][k] * code[k][n] over the codes k of `count` word rows, for kVectors vectors of columns.
-template <class V, int kBits, int kRows, int kVectors>
-ALWAYS_INLINE void block_products(const uint32_t* words, int64_t words_stride, const float* x, int64_t x_stride,
+// In float32.
+template <class V>
+struct VectorProducts {
+  static constexpr int kLanes = V::kLanes, kColumns = V::kLanes * V::kMost;
+
+  static int terms(const Product&) { return 1; }
+  static constexpr int middle(int) { return 0; }
+  template <int kBits>
+  static void split(Product&) {}
+
+  // sums[m][n] = sum of x[m][k] * code[k][n] over the codes k of `count` word rows, for kVectors vectors of columns.
+  template <int kBits, int kRows, int kVectors>
+  static ALWAYS_INLINE void block(const uint32_t* words, int64_t words_stride, const float* x, int64_t x_stride,
                                   float* sums, int64_t sums_stride, int64_t count) {
-  constexpr int kFields = 32 / kBits;
-  constexpr int32_t kMask = (1 << kBits) - 1;
-  typename V::Floats sum[kRows][kVectors] = {};
-  for (int64_t word = 0; word < count; ++word, words += words_stride, x += kFields) {
-    typename V::Words codes[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      codes[v] = *reinterpret_cast<const typename V::Words*>(words + v * V::kLanes);
-      // The next block of this row: rows lie pages apart, where the processor does not look ahead. Harmless at the end.
-      __builtin_prefetch(words + (kVectors + v) * V::kLanes);
-    }
-#pragma GCC unroll 16
-    for (int j = 0; j < kFields; ++j) {
-#pragma GCC unroll 4
+    constexpr int kFields = 32 / kBits;
+    constexpr int32_t kMask = (1 << kBits) - 1;
+    typename V::Floats sum[kRows][kVectors] = {};
+    for (int64_t word = 0; word < count; ++word, words += words_stride, x += kFields) {
+      typename V::Words codes[kVectors];
       for (int v = 0; v < kVectors; ++v) {
-        const auto code = (typename V::Ints)(codes[v] >> (j * kBits)) & kMask;
-        const auto value = __builtin_convertvector(code, typename V::Floats);
+        codes[v] = *reinterpret_cast<const typename V::Words*>(words + v * kLanes);
+        // The next block of this row: rows lie pages apart, where the processor does not look ahead. May lie beyond
+        // the end.
+        __builtin_prefetch(words + (kVectors + v) * kLanes);
+      }
+#pragma GCC unroll 16
+      for (int j = 0; j < kFields; ++j) {
 #pragma GCC unroll 4
-        for (int m = 0; m < kRows; ++m) sum[m][v] += value * x[m * x_stride + j];
+        for (int v = 0; v < kVectors; ++v) {
+          const auto code = (typename V::Ints)(codes[v] >> (j * kBits)) & kMask;
+          const auto value = __builtin_convertvector(code, typename V::Floats);
+#pragma GCC unroll 4
+          for (int m = 0; m < kRows; ++m) sum[m][v] += value * x[m * x_stride + j];
+        }
       }
     }
+    for (int m = 0; m < kRows; ++m)
+      for (int v = 0; v < kVectors; ++v)
+        *reinterpret_cast<typename V::Floats*>(sums + m * sums_stride + v * kLanes) = sum[m][v];
   }
-  for (int m = 0; m < kRows; ++m)
-    for (int v = 0; v < kVectors; ++v)
-      *reinterpret_cast<typename V::Floats*>(sums + m * sums_stride + v * V::kLanes) = sum[m][v];
-}
 
-// The same for fewer columns than a block has, and one row of x.
-template <int kBits>
-ALWAYS_INLINE void tail_products(const uint32_t* words, int64_t words_stride, const float* x, float* sums,
+  // The same for fewer columns than a block has, and one row of x.
+  template <int kBits>
+  static ALWAYS_INLINE void tail(const uint32_t* words, int64_t words_stride, const float* x, float* sums,
                                  int64_t columns, int64_t count) {
-  constexpr int kFields = 32 / kBits;
-  constexpr int32_t kMask = (1 << kBits) - 1;
-  std::fill(sums, sums + columns, 0.0f);
-  for (int64_t word = 0; word < count; ++word, words += words_stride, x += kFields)
-    for (int j = 0; j < kFields; ++j)
-      for (int64_t n = 0; n < columns; ++n) sums[n] += float(int32_t(words[n] >> (j * kBits)) & kMask) * x[j];
-}
-
-// The sums of one group, whose first word row is `words` and whose x starts at `x`: [rows, width].
-template <class V, int kBits>
-ALWAYS_INLINE void group_products(const uint32_t* words, int64_t words_stride, const float* x, int64_t x_stride,
-                                  int64_t rows, float* sums, int64_t width, int64_t count) {
-  constexpr int64_t kColumns = V::kLanes * V::kMost;
-  const int64_t whole = width / kColumns * kColumns;
-  for (int64_t n = 0; n < whole; n += kColumns) {
-    int64_t m = 0;
-    for (; m + 4 <= rows; m += 4)
-      for (int64_t at = n; at < n + kColumns; at += V::kLanes * V::kFew)
-        block_products<V, kBits, 4, V::kFew>(words + at, words_stride, x + m * x_stride, x_stride,
-                                             sums + m * width + at, width, count);
-    for (; m + 2 <= rows; m += 2)
-      block_products<V, kBits, 2, V::kMost>(words + n, words_stride, x + m * x_stride, x_stride, sums + m * width + n,
-                                            width, count);
-    for (; m < rows; ++m)
-      block_products<V, kBits, 1, V::kMost>(words + n, words_stride, x + m * x_stride, x_stride, sums + m * width + n,
-                                            width, count);
+    constexpr int kFields = 32 / kBits;
+    constexpr int32_t kMask = (1 << kBits) - 1;
+    std::fill(sums, sums + columns, 0.0f);
+    for (int64_t word = 0; word < count; ++word, words += words_stride, x += kFields)
+      for (int j = 0; j < kFields; ++j)
+        for (int64_t n = 0; n < columns; ++n) sums[n] += float(int32_t(words[n] >> (j * kBits)) & kMask) * x[j];
   }
-  if (whole < width)
-    for (int64_t m = 0; m < rows; ++m)
-      tail_products<kBits>(words + whole, words_stride, x + m * x_stride, sums + m * width + whole, width - whole,
-                           count);
-}
 
-struct Product {
-  Gptq w;
-  const float* x;       // [M, x_stride]: zeros beyond K, so that the last word needs no care
-  const float* x_sums;  // [M, G]: of each group's x
-  float* y;             // [M, N]
-  int64_t rows, x_stride, groups;
+  // sums [M, width] over `count` word rows from `word` on, in the columns from `left` on.
+  template <int kBits>
+  static ALWAYS_INLINE void group(const Product& p, int64_t word, int64_t count, int64_t left, int64_t width,
+                                  float* sums) {
+    const int64_t stride = p.w.out_features, whole = width / kColumns * kColumns;
+    const uint32_t* words = p.words(word, left);
+    const float* x = p.x + word * (32 / kBits);
+    for (int64_t n = 0; n < whole; n += kColumns) {
+      int64_t m = 0;
+      for (; m + 4 <= p.rows; m += 4)
+        for (int64_t at = n; at < n + kColumns; at += kLanes * V::kFew)
+          block<kBits, 4, V::kFew>(words + at, stride, x + m * p.x_stride, p.x_stride, sums + m * width + at, width,
+                                count);
+      for (; m + 2 <= p.rows; m += 2)
+        block<kBits, 2, V::kMost>(words + n, stride, x + m * p.x_stride, p.x_stride, sums + m * width + n, width,
+                                  count);
+      for (; m < p.rows; ++m)
+        block<kBits, 1, V::kMost>(words + n, stride, x + m * p.x_stride, p.x_stride, sums + m * width + n, width,
+                                  count);
+    }
+    if (whole < width)
+      for (int64_t m = 0; m < p.rows; ++m)
+        tail<kBits>(words + whole, stride, x + m * p.x_stride, sums + m * width + whole, width - whole, count);
+  }
 };
 
-constexpr int64_t kWidth = 1024;  // columns at a time, whose sums stay in the cache
+#ifdef X86_DISPATCH
+// By vectors of 16 sums of two products of bfloat16, for 2 and 4 bits. A word's halves have fields j and j + F / 2 at
+// the same place, F = 32 / kBits: looking up the lowest five bits of each in a table of 32 makes both of them bfloat16
+// numbers, without a mask, the middle already taken off. x is laid out in the same pairs. One that is more than a
+// bfloat16 is the sum of two or three, each with a row of its own, so that nothing is lost.
+struct PairProducts {
+  using Words = Vectors<16, 4, 4>::Words;
 
-// y[m][n] = sum over groups of scale * (sum of x * code - zero * sum of x): scale and zero-point stay out of the loop
-// over codes. Columns [first, last).
-template <class V, int kBits>
+  static int terms(const Product& p) { return p.x_terms; }
+  static constexpr int middle(int bits) { return 1 << (bits - 1); }
+
+  template <int kBits>
+  static void split(Product& p) {
+    constexpr int kHalf = 16 / kBits;
+    p.x_pairs.resize(size_t(p.rows * p.x_terms * p.x_stride / 2));
+    uint32_t* pair = p.x_pairs.data();
+    for (int64_t m = 0; m < p.rows; ++m)
+      for (int term = 0; term < p.x_terms; ++term)
+        for (const float* x = p.x + m * p.x_stride; x < p.x + (m + 1) * p.x_stride; x += 2 * kHalf)
+          for (int j = 0; j < kHalf; ++j) *pair++ = upper(x[j], term) >> 16 | upper(x[j + kHalf], term);
+  }
+
+  // The upper half of x, or of what `before` such terms leave of it.
+  static ALWAYS_INLINE uint32_t upper(float x, int before) {
+    constexpr uint32_t kUpper = 0xffff0000u;
+    for (; before > 0; --before) x -= bit_cast<float>(bit_cast<uint32_t>(x) & kUpper);
+    return bit_cast<uint32_t>(x) & kUpper;
+  }
+
+  // Where a block of columns begins; of its last vector, those in `last` belong to it.
+  struct Block {
+    const uint32_t* words;
+    const uint32_t* ahead;  // what comes next: word rows lie pages apart, where the processor does not look ahead
+    const uint32_t* x;      // of the rows that are left
+    float* sums;
+    __mmask16 last;
+  };
+
+  // As in VectorProducts, for kRows rows of x_pairs.
+  template <int kBits, int kRows, int kVectors>
+  AVX512_BF16_INLINE static void block(Block at, int64_t words_stride, int64_t x_stride, int64_t sums_stride,
+                                       int64_t count, __m512i table) {
+    constexpr int kHalf = 16 / kBits;
+    __m512 sum[kRows][kVectors];
+    for (int m = 0; m < kRows; ++m)
+      for (int v = 0; v < kVectors; ++v) sum[m][v] = _mm512_setzero_ps();
+    for (int64_t word = 0; word < count; ++word) {
+      Words codes[kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        codes[v] = (Words)_mm512_maskz_loadu_epi32(v + 1 < kVectors ? 0xffff : at.last, at.words + v * 16);
+        __builtin_prefetch(at.ahead + v * 16);
+      }
+#pragma GCC unroll 8
+      for (int j = 0; j < kHalf; ++j) {
+        __m512bh value[kVectors];
+        for (int v = 0; v < kVectors; ++v)
+          value[v] = (__m512bh)_mm512_permutexvar_epi16((__m512i)(codes[v] >> (j * kBits)), table);
+        for (int m = 0; m < kRows; ++m) {
+          const auto pair = (__m512bh)_mm512_set1_epi32(int(at.x[m * x_stride + j]));
+          for (int v = 0; v < kVectors; ++v) sum[m][v] = _mm512_dpbf16_ps(sum[m][v], value[v], pair);
+        }
+      }
+      at.words += words_stride;
+      at.ahead += words_stride;
+      at.x += kHalf;
+    }
+    for (int m = 0; m < kRows; ++m)
+      for (int v = 0; v < kVectors; ++v)
+        _mm512_mask_storeu_ps(at.sums + m * sums_stride + v * 16, v + 1 < kVectors ? 0xffff : at.last, sum[m][v]);
+  }
+
+  template <int kBits, int kVectors>
+  AVX512_BF16_INLINE static void all_rows(const Product& p, Block at, int64_t sums_stride, int64_t count,
+                                          __m512i table) {
+    const int64_t stride = p.w.out_features, x_stride = p.x_stride / 2;
+    for (int64_t left = p.rows * p.x_terms; left > 0; left -= 4) {
+      if (left >= 4)
+        block<kBits, 4, kVectors>(at, stride, x_stride, sums_stride, count, table);
+      else if (left == 3)
+        block<kBits, 3, kVectors>(at, stride, x_stride, sums_stride, count, table);
+      else if (left == 2)
+        block<kBits, 2, kVectors>(at, stride, x_stride, sums_stride, count, table);
+      else
+        block<kBits, 1, kVectors>(at, stride, x_stride, sums_stride, count, table);
+      at.x += 4 * x_stride;
+      at.sums += 4 * sums_stride;
+    }
+  }
+
+  // sums [M * terms, width] over `count` word rows from `word` on, in the columns from `left` on.
+  template <int kBits>
+  AVX512_BF16 static void group(const Product& p, int64_t word, int64_t count, int64_t left, int64_t width,
+                                float* sums) {
+    alignas(64) uint16_t values[32];
+    for (int i = 0; i < 32; ++i)
+      values[i] = uint16_t(bit_cast<uint32_t>(float((i & ((1 << kBits) - 1)) - middle(kBits))) >> 16);
+    const __m512i table = _mm512_load_si512(values);
+    const uint32_t* x = p.x_pairs.data() + word * (16 / kBits);
+    const uint32_t* next_group = p.words(word + count, left);  // may lie beyond the end, which a prefetch may
+    int64_t n = 0;
+    for (; n + 64 <= width; n += 64) {
+      const uint32_t* ahead = n + 64 < width ? p.words(word, left + n + 64) : next_group;
+      all_rows<kBits, 4>(p, {p.words(word, left + n), ahead, x, sums + n, 0xffff}, width, count, table);
+    }
+    for (; n < width; n += 16) {
+      const auto last = __mmask16(width - n >= 16 ? 0xffff : (1 << (width - n)) - 1);
+      all_rows<kBits, 1>(p, {p.words(word, left + n), next_group, x, sums + n, last}, width, count, table);
+    }
+  }
+};
+#endif
+
+constexpr int64_t kWidth = 2048;  // columns at a time, whose sums stay in the cache
+
+// Columns [first, last) of y.
+template <class Products, int kBits>
 ALWAYS_INLINE void multiply_loop(const Product& p, int64_t first, int64_t last) {
   constexpr int64_t kFields = 32 / kBits;
   const Gptq& w = p.w;
-  std::vector<float> sums(size_t(p.rows * kWidth));
+  const int64_t terms = Products::terms(p);
+  std::vector<float> sums(size_t(p.rows * terms * kWidth));
+  alignas(64) float scale[kWidth];
+  alignas(64) float zero[kWidth];
   for (int64_t left = first; left < last; left += kWidth) {
     const int64_t width = std::min(kWidth, last - left);
     for (int64_t group = 0; group < p.groups; ++group) {
       const int64_t word = group * w.group_size / kFields;
       const int64_t word_end = group + 1 < p.groups ? word + w.group_size / kFields : p.x_stride / kFields;
-      group_products<V, kBits>(w.qweight + word * w.out_features + left, w.out_features, p.x + word * kFields,
-                               p.x_stride, p.rows, sums.data(), width, word_end - word);
+      Products::template group<kBits>(p, word, word_end - word, left, width, sums.data());
       const int64_t at = group * w.out_features + left;
+      constexpr int kMiddle = Products::middle(kBits);
+      for (int64_t n = 0; n < width; ++n) scale[n] = scale_at(w, at + n);
+      for (int64_t n = 0; n < width; ++n) zero[n] = float((w.zeros ? w.zeros[at + n] : 1 << (kBits - 1)) - kMiddle);
       for (int64_t m = 0; m < p.rows; ++m) {
         const float x_sum = p.x_sums[m * p.groups + group];
-        const float* sum = sums.data() + m * width;
+        float* sum = sums.data() + m * terms * width;
+        for (int64_t term = 1; term < terms; ++term)
+          for (int64_t n = 0; n < width; ++n) sum[n] += sum[term * width + n];
         float* y = p.y + m * w.out_features + left;
 #pragma omp simd
         for (int64_t n = 0; n < width; ++n) {
-          const float zero = w.zeros ? float(w.zeros[at + n]) : float(1 << (kBits - 1));
-          const float scaled = scale_at(w, at + n) * (sum[n] - zero * x_sum);
+          const float scaled = scale[n] * (sum[n] - zero[n] * x_sum);
           y[n] = group == 0 ? scaled : y[n] + scaled;
         }
       }
@@ -196,8 +332,10 @@ ALWAYS_INLINE void multiply_loop(const Product& p, int64_t first, int64_t last) 
 
 // ---- instruction sets ----
 
-#define FOR_ISA(name, target, vectors)                                                                        \
+#define FOR_ISA(name, target, FewBits, ManyBits)                                                              \
   struct name {                                                                                               \
+    template <int kBits>                                                                                      \
+    using Products = std::conditional_t<(kBits < 8), FewBits, ManyBits>;                                      \
     template <class Format>                                                                                   \
     static target void dequantize(const Gptq& w, const int32_t* perm, void* out, int64_t column,              \
                                   int64_t columns, int64_t first, int64_t last) {                             \
@@ -205,23 +343,25 @@ ALWAYS_INLINE void multiply_loop(const Product& p, int64_t first, int64_t last) 
     }                                                                                                         \
     template <int kBits>                                                                                      \
     static target void multiply(const Product& p, int64_t first, int64_t last) {                              \
-      multiply_loop<vectors, kBits>(p, first, last);                                                          \
+      multiply_loop<Products<kBits>, kBits>(p, first, last);                                                  \
     }                                                                                                         \
   };
 
-using Vectors4 = Vectors<4, 4, 2>;
-using Vectors8 = Vectors<8, 4, 2>;
-using Vectors16 = Vectors<16, 4, 4>;
+using Vectors4 = VectorProducts<Vectors<4, 4, 2>>;
+using Vectors8 = VectorProducts<Vectors<8, 4, 2>>;
+using Vectors16 = VectorProducts<Vectors<16, 4, 4>>;
 
-FOR_ISA(Baseline, , Vectors4)
+FOR_ISA(Baseline, , Vectors4, Vectors4)
 #ifdef X86_DISPATCH
-FOR_ISA(Avx2, __attribute__((target("avx2,f16c,fma"))), Vectors8)
-FOR_ISA(Avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,f16c,fma,prefer-vector-width=512"))), Vectors16)
+FOR_ISA(Avx2, __attribute__((target("avx2,f16c,fma"))), Vectors8, Vectors8)
+FOR_ISA(Avx512, AVX512_FMA, Vectors16, Vectors16)
+FOR_ISA(Avx512Bf16, AVX512_BF16, PairProducts, Vectors16)
 #endif
 
 template <class Visitor>
 void with_isa([[maybe_unused]] int isa, Visitor visit) {
 #ifdef X86_DISPATCH
+  if (isa == kAvx512Bf16) return visit(Avx512Bf16{});
   if (isa == kAvx512) return visit(Avx512{});
   if (isa == kAvx2) return visit(Avx2{});
 #endif
@@ -249,10 +389,10 @@ void megalith_cpu_gptq_dequantize(int bits, const uint32_t* qweight, const void*
 }
 
 // y [M, N] = x [M, K] times the weight, rows as stored. `bits` is 2, 4 or 8, and either there is one group, or whole
-// words make up each.
+// words make up each. x holds numbers of `dtype`, and two or three of bfloat16 make up a float16 or float32.
 void megalith_cpu_gptq_matmul(int bits, const uint32_t* qweight, const void* scales, int half_scales,
                               const uint8_t* zeros, int64_t in_features, int64_t out_features, int64_t group_size,
-                              const float* x, float* y, int64_t rows, int isa, int threads) {
+                              const float* x, int dtype, float* y, int64_t rows, int isa, int threads) {
   const int64_t fields = 32 / bits, x_stride = (in_features + fields - 1) / fields * fields;
   const int64_t groups = (in_features + group_size - 1) / group_size;
   std::vector<float> padded(size_t(rows * x_stride)), x_sums(size_t(rows * groups));
@@ -266,12 +406,22 @@ void megalith_cpu_gptq_matmul(int bits, const uint32_t* qweight, const void* sca
     }
   }
   const Gptq w{qweight, scales, zeros, in_features, out_features, group_size, bits, half_scales != 0};
-  const Product product{w, padded.data(), x_sums.data(), y, rows, x_stride, groups};
-  with_isa(isa, [&](auto set) {
+  const int x_terms = dtype == kDtypeBFloat16 ? 1 : dtype == kDtypeFloat16 ? 2 : 3;
+  Product product{w, padded.data(), x_sums.data(), y, rows, x_stride, groups, x_terms, {}};
+  // Three rows where float32 has one pay only while the weight's bytes take longer than the sums.
+  const bool in_float32 = dtype == kDtypeFloat32 && rows > 1;
+  with_isa(in_float32 ? std::min<int>(isa, kAvx512) : isa, [&](auto set) {
     using Set = decltype(set);
-    const auto multiply = bits == 2 ? Set::template multiply<2> : bits == 4 ? Set::template multiply<4>
-                                                                            : Set::template multiply<8>;
-    parallel_ranges(out_features, 64, threads, [&](int64_t first, int64_t last) { multiply(product, first, last); });
+    const auto run = [&](auto number) {
+      constexpr int kBits = decltype(number)::value;
+      Set::template Products<kBits>::template split<kBits>(product);
+      parallel_ranges(out_features, 64, threads, [&](int64_t first, int64_t last) {
+        Set::template multiply<kBits>(product, first, last);
+      });
+    };
+    if (bits == 2) run(std::integral_constant<int, 2>{});
+    if (bits == 4) run(std::integral_constant<int, 4>{});
+    if (bits == 8) run(std::integral_constant<int, 8>{});
   });
 }
 

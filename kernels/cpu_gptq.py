@@ -1,7 +1,7 @@
 """GPTQ weights on the CPU: the compiled kernels, or the oracle where they are absent.
 
-torch has an int4 kernel for CPUs too, but only its bfloat16 form is vectorised, with scales rounded to bfloat16: in
-float32 it takes ten times as long as the dense product, and 50 times as long as the kernel here.
+torch has an int4 kernel for CPUs too, but only its bfloat16 form is vectorised, with scales rounded to bfloat16, and
+it is slower than the one here, by a fifth at one row and by half at four (bench/results/kernels_cpu.json).
 """
 
 import torch
@@ -11,9 +11,9 @@ from . import native
 from .gptq_reference import dequantize_reference
 from .gptq_weight import GptqWeight
 
-SCRATCH_BYTES = 64 << 20  # of dequantised weight at a time
+SCRATCH_BYTES = 8 << 20  # of dequantised weight at a time: no more than the last cache holds
 # Rows of x up to which the product of packed weights is faster than that of dequantised ones.
-PACKED_ROWS = {torch.float32: 64, torch.float16: 64, torch.bfloat16: 32}
+PACKED_ROWS = {torch.float32: 512, torch.float16: 256, torch.bfloat16: 192}
 
 
 def dequantize_(weight: GptqWeight, out: Tensor, first_column: int) -> None:
@@ -31,7 +31,7 @@ def matmul(x: Tensor, weight: GptqWeight) -> Tensor:
     few = len(x) <= PACKED_ROWS[x.dtype]
     if few and (whole_words or one_group) and native.best_isa() != "torch":
         x_stored = x if weight.perm is None else x.index_select(1, weight.perm)
-        y = native.gptq_matmul(x_stored.float(), weight, native.best_isa())
+        y = native.gptq_matmul(x_stored.float(), x.dtype, weight, native.best_isa())
     else:
         y = dense_matmul(x, weight)
     if weight.bias is not None:
@@ -46,9 +46,10 @@ def dense_matmul(x: Tensor, weight: GptqWeight) -> Tensor:
     x = x.to(dtype)
     width = max(1, SCRATCH_BYTES // (dtype.itemsize * weight.in_features))
     y = torch.empty(len(x), weight.out_features, dtype=dtype)
+    scratch = torch.empty(width * weight.in_features, dtype=dtype)
     for first in range(0, weight.out_features, width):
         columns = y[:, first : first + width]
-        scratch = torch.empty(weight.in_features, columns.shape[1], dtype=dtype)
-        dequantize_(weight, scratch, first)
-        columns.copy_(x @ scratch)
+        dense = scratch[: weight.in_features * columns.shape[1]].view(weight.in_features, -1)
+        dequantize_(weight, dense, first)
+        columns.copy_(x @ dense)
     return y

@@ -128,7 +128,7 @@ FOR_ISA(Avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer
 template <class Visitor>
 void with_isa([[maybe_unused]] int isa, Visitor visit) {
 #ifdef X86_DISPATCH
-  if (isa == kAvx512) return visit(Avx512{});
+  if (isa >= kAvx512) return visit(Avx512{});
   if (isa == kAvx2) return visit(Avx2{});
 #endif
   visit(Baseline{});

@@ -17,8 +17,8 @@ from .adam_step import AdamScalars, AdamTensors
 from .gptq_weight import GptqWeight
 from .moment_codes import CODE_BLOCK_NUMEL
 
-ABI = 5  # megalith_cpu_abi in cpu_adam.cpp
-ISAS = ("baseline", "avx2", "avx512")  # in the order of Isa there
+ABI = 6  # megalith_cpu_abi in cpu_adam.cpp
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16")  # in the order of Isa there
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of Dtype there
 _FLOAT32, _SPLIT, _MASTER = 0, 1, {torch.bfloat16: 2, torch.float16: 3}  # Form there
 
@@ -52,9 +52,9 @@ def library() -> ctypes.CDLL | None:
     loaded.megalith_cpu_gptq_dequantize.argtypes = (
         gptq + [pointer] + [int64] * 3 + [integer, pointer] + [int64] * 2 + [integer] * 2
     )
-    loaded.megalith_cpu_gptq_matmul.argtypes = gptq + [int64] * 3 + [pointer] * 2 + [int64] + [integer] * 2
     loaded.megalith_cpu_round_block.argtypes = [pointer] * 6 + [int64] * 2 + [integer] * 4
     loaded.megalith_cpu_descend_block.argtypes = [pointer] * 5 + [int64] * 2 + [integer] * 3
+    loaded.megalith_cpu_gptq_matmul.argtypes = gptq + [int64] * 3 + [pointer, integer, pointer, int64] + [integer] * 2
     loaded.megalith_cpu_sum_of_squares.argtypes = [integer, pointer, int64, pointer, integer, integer]
     return loaded
 
@@ -116,10 +116,10 @@ def gptq_dequantize_(weight: GptqWeight, out: Tensor, first_column: int, isa: st
     )
 
 
-def gptq_matmul(x: Tensor, weight: GptqWeight, isa: str) -> Tensor:
+def gptq_matmul(x: Tensor, dtype: torch.dtype, weight: GptqWeight, isa: str) -> Tensor:
     """Contiguous float32 CPU x [M, K], in the order of the stored rows, times the weight without its bias: [M, N].
 
-    The weight has 2, 4 or 8 bits, and one group or groups of whole words.
+    The weight has 2, 4 or 8 bits, and one group or groups of whole words. x holds numbers of `dtype`.
     """
     y = torch.empty(len(x), weight.out_features)
     library().megalith_cpu_gptq_matmul(
@@ -128,6 +128,7 @@ def gptq_matmul(x: Tensor, weight: GptqWeight, isa: str) -> Tensor:
         weight.out_features,
         weight.group_size,
         x.data_ptr(),
+        _DTYPES.index(dtype),
         y.data_ptr(),
         len(x),
         _isa_number(isa),
