@@ -12,9 +12,7 @@ that reads and writes.
 """
 
 import argparse
-import json
 import os
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +34,7 @@ from ..kernels.adam_step import AdamTensors
 from ..kernels.cpu_adam import blocked_adam_
 from ..kernels.reference import adam_reference_
 from . import report
+from .peer import Peer
 from .step import DEEPSPEED_VARIABLE
 
 DEEPSPEED_WORKER = Path(__file__).with_name("adam_deepspeed.py")
@@ -70,18 +69,22 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     entries, absent = [*adam_entries(args), *bandwidth_entries(args)], []
-    deepspeed = DeepSpeed(args) if args.device == "cpu" and args.deepspeed_python else None
+    deepspeed = None
+    if args.device == "cpu" and args.deepspeed_python:
+        needs = "deepspeed, a C++ compiler and ninja"
+        sizes = args.numel, args.threads
+        deepspeed = Peer(args.deepspeed_python, DEEPSPEED_WORKER, *sizes, needs=needs, DS_ACCELERATOR="cpu")
     try:
         if deepspeed:
-            entries += deepspeed.entries()
+            entries += deepspeed_entries(deepspeed)
         else:
             why = "absent: see --deepspeed_python" if args.device == "cpu" else "absent: runs on the CPU only"
-            absent = [{"name": name, "note": why, "metrics": {}} for name in DeepSpeed.UPDATES]
+            absent = [{"name": name, "note": why, "metrics": {}} for name in DEEPSPEED_UPDATES]
         readings = take_turns(entries, args.rounds)
     finally:
         if deepspeed:
             deepspeed.close()
-    record = make_record(entries, absent, readings, deepspeed.version if deepspeed else "absent", args)
+    record = make_record(entries, absent, readings, deepspeed.facts["deepspeed"] if deepspeed else "absent", args)
     print(report.render(record))
     if args.json:
         report.save(record, args.json)
@@ -193,50 +196,16 @@ def stopwatch(update: Callable[[], object], device: str) -> Callable[[], float]:
     return cpu if device == "cpu" else cuda
 
 
-class DeepSpeed:
-    """The peer, in its own process and environment, which sleeps while others are measured."""
+DEEPSPEED_UPDATES = {"deepspeed cpu_adam": "step", "deepspeed cpu_adam with casts": "step with casts"}
 
-    UPDATES = {"deepspeed cpu_adam": "step", "deepspeed cpu_adam with casts": "step with casts"}
 
-    def __init__(self, args: argparse.Namespace):
-        # -P: else bench/ comes first among the places that the worker's imports are looked up in.
-        command = [args.deepspeed_python, "-P", str(DEEPSPEED_WORKER), str(args.numel), str(args.threads)]
-        # Its operation is compiled at first use, with the ninja that lies beside its Python.
-        path = os.pathsep.join([str(Path(args.deepspeed_python).parent), os.environ["PATH"]])
-        self.process = subprocess.Popen(
-            command,
-            env={**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.version = self._reply()["deepspeed"]
-
-    def entries(self) -> list[Entry]:
-        notes = {"step": "no unscale, no clip, no casts", "step with casts": "unscale and clip, bf16 in and out"}
-        bytes_per_element = {"step": FLOAT32_BYTES, "step with casts": SPLIT_BYTES}
-        return [
-            Entry(name, bytes_per_element[update], lambda update=update: self._seconds(update), notes[update])
-            for name, update in self.UPDATES.items()
-        ]
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
-
-    def _seconds(self, update: str) -> float:
-        self.process.stdin.write(update + "\n")
-        self.process.stdin.flush()
-        return self._reply()
-
-    def _reply(self):
-        for line in self.process.stdout:
-            if line.startswith("reply "):
-                return json.loads(line.removeprefix("reply "))
-        raise RuntimeError(
-            f"{self.process.args[0]} ended with {self.process.wait()}, see its messages above: does it have deepspeed, "
-            "a C++ compiler and ninja?"
-        )
+def deepspeed_entries(peer: Peer) -> list[Entry]:
+    notes = {"step": "no unscale, no clip, no casts", "step with casts": "unscale and clip, bf16 in and out"}
+    bytes_per_element = {"step": FLOAT32_BYTES, "step with casts": SPLIT_BYTES}
+    return [
+        Entry(name, bytes_per_element[update], lambda update=update: peer.ask(update), notes[update])
+        for name, update in DEEPSPEED_UPDATES.items()
+    ]
 
 
 def take_turns(entries: list[Entry], rounds: int) -> dict[str, list[float]]:

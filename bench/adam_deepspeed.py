@@ -2,9 +2,8 @@
 
     python adam_deepspeed.py NUMEL THREADS
 
-Replies with its version once it is ready, then to each line that it reads, "step" or "step with casts", with the
-seconds that one such update took. Ends at the end of its input. A reply is a line of "reply " and JSON, because
-DeepSpeed's own messages go to stdout too.
+Says its version once it is ready, then answers each line (peer.py), "step" or "step with casts", with the seconds that
+one such update took.
 """
 
 import json
@@ -38,7 +37,7 @@ def main() -> None:
         update()
     reply({"deepspeed": deepspeed.__version__})
     for line in sys.stdin:
-        update = updates[line.strip()]
+        update = updates[json.loads(line)]
         start = time.perf_counter()
         update()
         reply(time.perf_counter() - start)

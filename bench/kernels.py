@@ -1,7 +1,8 @@
 """The kernels: products with GPTQ weights, for the linear layers of LLaMA models, and the fused Adam.
 
     python -m megalith.bench.kernels                               # CPU: 7B's attention output and down projection
-    python -m megalith.bench.kernels --device cuda --models 7b 13b 70b --rows 1 4 16 64 256 1024 4096 --json record.json
+    python -m megalith.bench.kernels --layers qkv o gate_up down --gptqmodel_python PYTHON  # of an environment with it
+    python -m megalith.bench.kernels --device cuda --models 7b 13b 70b --json record.json
 
 GB/s counts the bytes that a product has to move, its weight (with scales), x and y, each once; the share is that of
 the bandwidth that a plain copy reaches in the same run, so 100 % is the floor. A reading goes once through so many
@@ -11,6 +12,7 @@ plain loop, and few rows, since with more they fall behind the dense product by 
 """
 
 import argparse
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,19 +23,26 @@ from tqdm import tqdm
 from ..kernels import GptqWeight, gptq_matmul
 from . import adam, report
 from .adam import Entry, take_turns
+from .peer import Peer
 
 GROUP = 128
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Hidden size, size of the feed-forward layer, key and value features.
 MODELS = {"7b": (4096, 11008, 4096), "13b": (5120, 13824, 5120), "70b": (8192, 28672, 1024), "tiny": (256, 384, 128)}
-DEFAULT_ROWS = {"cpu": [1, 4, 16, 64, 256], "cuda": [1, 4, 16, 64, 256, 1024, 4096]}
+DEFAULT_ROWS = [1, 4, 16, 64, 256, 1024, 4096]
 DEFAULT_LAYERS = {"cpu": ["o", "down"], "cuda": ["qkv", "o", "gate_up", "down"]}
 CPU_CACHE_BYTES = 32 << 20
 INT4_ROWS = 64
+GPTQMODEL_WORKER = Path(__file__).with_name("kernels_gptqmodel.py")
+GPTQMODEL_VARIABLE = "MEGALITH_GPTQMODEL_PYTHON"
 COPY_NUMEL = 30_000_000  # as in adam.py
 # Entry over peer in calls/s, by device and least rows; and shares of the copy bandwidth at one row.
 RATIO_BARS = {
-    "cpu": [("megalith", "torch dense", 1, 1, 1.42), ("megalith", "torch int4", 1, 1, 1.0)],
+    "cpu": [
+        ("megalith", "torch dense", 1, 1, 1.42),
+        ("megalith", "torch int4", 1, 1, 1.0),
+        ("megalith", "gptqmodel", 1, 1, 1.0),
+    ],
     "cuda": [("megalith", "torch dense", 1, 16, 1.42), ("megalith", "torch dense", 1024, 4096, 0.95)],
 }
 SHARE_BARS = {"cpu": [], "cuda": [("gate_up", 0.8), ("down", 0.8)]}
@@ -57,11 +66,16 @@ def main(argv: list[str] | None = None) -> None:
     rows, checks = [], []
     copy_bytes_per_s = measure_copy(args)
     cases = [(layer, m) for layer in layers(args) for m in args.rows]
-    for layer, m in tqdm(cases, desc="products"):
-        entries = product_entries(layer, m, args)
-        readings = take_turns(entries, args.rounds)
-        rows += [product_row(entry, layer, m, readings[entry.name], copy_bytes_per_s) for entry in entries]
-        checks += product_checks(layer, m, entries, readings, copy_bytes_per_s, args.device)
+    gptqmodel = open_gptqmodel(args)
+    try:
+        for layer, m in tqdm(cases, desc="products"):
+            entries = product_entries(layer, m, args, gptqmodel)
+            readings = take_turns(entries, args.rounds)
+            rows += [product_row(entry, layer, m, readings[entry.name], copy_bytes_per_s) for entry in entries]
+            checks += product_checks(layer, m, entries, readings, copy_bytes_per_s, args.device)
+    finally:
+        if gptqmodel:
+            gptqmodel.close()
     if not args.skip_adam:
         adam_rows, adam_checks = measure_adam(copy_bytes_per_s, args)
         rows, checks = rows + adam_rows, checks + adam_checks
@@ -69,7 +83,11 @@ def main(argv: list[str] | None = None) -> None:
     record = {
         "benchmark": "kernels",
         "environment": report.environment(args.device),
-        "settings": {**settings, "copy GB/s": f"{copy_bytes_per_s / 1e9:.1f}"},
+        "settings": {
+            **settings,
+            "copy GB/s": f"{copy_bytes_per_s / 1e9:.1f}",
+            "gptqmodel": gptqmodel.facts["gptqmodel"] if gptqmodel else "absent: see --gptqmodel_python",
+        },
         "rows": rows,
         "checks": checks,
     }
@@ -97,18 +115,28 @@ def layers(args: argparse.Namespace) -> list[Layer]:
 # ---- products ----
 
 
-def product_entries(layer: Layer, rows: int, args: argparse.Namespace) -> list[Entry]:
+def open_gptqmodel(args: argparse.Namespace) -> Peer | None:
+    if not args.gptqmodel_python:
+        return None
+    settings = args.device, args.dtype, args.threads
+    # On two cores it asks for more workers than it allows itself, and ends.
+    return Peer(
+        args.gptqmodel_python, GPTQMODEL_WORKER, *settings, needs="gptqmodel, a compiler", GPTQMODEL_CPU_WORKERS="4"
+    )
+
+
+def product_entries(layer: Layer, rows: int, args: argparse.Namespace, gptqmodel: Peer | None = None) -> list[Entry]:
     """Every way to compute the product; `bytes_per_element` is that of the whole call."""
     dtype, device = DTYPES[args.dtype], args.device
     x = torch.randn(rows, layer.in_features, device=device).to(dtype)
     activations = (x.numel() + rows * layer.out_features) * x.element_size()
     first = random_weight(layer, device)
     packed_bytes = sum(tensor.numel() * tensor.element_size() for tensor in first.tensors().values())
-    packed = [first] + [random_weight(layer, device) for _ in range(copies(packed_bytes, args) - 1)]
+    packed = [first] + [random_weight(layer, device) for _ in range(copies(packed_bytes, activations, args) - 1)]
     dense_bytes = layer.in_features * layer.out_features * x.element_size()
     dense = [
         torch.randn(layer.out_features, layer.in_features, device=device).mul_(0.02).to(dtype).t()
-        for _ in range(copies(dense_bytes, args))
+        for _ in range(copies(dense_bytes, activations, args))
     ]
 
     def entry(name: str, weight_bytes: int, calls: list[Callable[[], object]], note: str) -> Entry:
@@ -121,7 +149,11 @@ def product_entries(layer: Layer, rows: int, args: argparse.Namespace) -> list[E
     if rows <= INT4_ROWS:
         calls = int4_calls(layer, x.bfloat16(), len(packed), device)
         entries.append(entry("torch int4", packed_bytes, calls, f"bf16, up to {INT4_ROWS} rows"))
-    return [scaled(e, len(c)) for e, c in zip(entries, (packed, dense, packed), strict=False)]
+    entries = [scaled(e, len(c)) for e, c in zip(entries, (packed, dense, packed), strict=False)]
+    if gptqmodel:
+        kind = gptqmodel.ask([layer.in_features, layer.out_features, rows, GROUP, len(packed)])
+        entries.append(Entry("gptqmodel", packed_bytes + activations, lambda: gptqmodel.ask(None), kind))
+    return entries
 
 
 def scaled(entry: Entry, calls: int) -> Entry:
@@ -129,10 +161,11 @@ def scaled(entry: Entry, calls: int) -> Entry:
     return Entry(entry.name, entry.bytes_per_element, lambda: entry.seconds() / calls, entry.note)
 
 
-def copies(nbytes: int, args: argparse.Namespace) -> int:
-    """How many weights to go round, so that each was thrown out of the last cache since its last use."""
+def copies(nbytes: int, activations: int, args: argparse.Namespace) -> int:
+    """How many weights to go round, so that each was thrown out of the last cache since its last use, by the others and
+    by x and y."""
     cache = CPU_CACHE_BYTES if args.device == "cpu" else torch.cuda.get_device_properties(0).L2_cache_size
-    return 1 + -(-4 * cache // nbytes)
+    return 1 + max(0, -(-(4 * cache - activations) // nbytes))
 
 
 def random_weight(layer: Layer, device: str) -> GptqWeight:
@@ -228,16 +261,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["7b"])
     parser.add_argument("--layers", nargs="+", choices=DEFAULT_LAYERS["cuda"], help="CPU: o down; CUDA: all")
-    parser.add_argument("--rows", nargs="+", type=int, help="of x; CPU: up to 256, CUDA: up to 4096")
+    parser.add_argument("--rows", nargs="+", type=int, help=f"of x; {DEFAULT_ROWS}")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--numel", type=int, help="elements that Adam and the copy work on")
     parser.add_argument("--skip_adam", action="store_true")
+    parser.add_argument(
+        "--gptqmodel_python", default=os.environ.get(GPTQMODEL_VARIABLE), help=f"or ${GPTQMODEL_VARIABLE}"
+    )
     parser.add_argument("--json", type=Path, help="where to keep the record")
     parser.add_argument("--plot", type=Path, help="a .png")
     args = parser.parse_args(argv)
-    args.rows = args.rows or DEFAULT_ROWS[args.device]
+    args.rows = args.rows or DEFAULT_ROWS
     args.layers = args.layers or DEFAULT_LAYERS[args.device]
     for name, value in (("rows", min(args.rows)), ("rounds", args.rounds), ("threads", args.threads)):
         if value < 1:

@@ -13,11 +13,11 @@ def test_a_run_measures_every_entry_and_keeps_the_record(tmp_path, capsys, monke
     record = json.loads(path.read_text())
     rows = {row["name"]: row for row in record["rows"]}
     measured = {name for name, row in rows.items() if row["metrics"]}
-    assert set(rows) - measured == set(adam.DeepSpeed.UPDATES)
+    assert set(rows) - measured == set(adam.DEEPSPEED_UPDATES)
     assert {name for bar in adam.BARS for name in bar[:2]} <= set(rows)
     for name in measured:
         assert len(rows[name]["metrics"]["GB_per_s"]) == 2 and min(rows[name]["metrics"]["GB_per_s"]) > 0
-    for name in adam.DeepSpeed.UPDATES:
+    for name in adam.DEEPSPEED_UPDATES:
         assert rows[name]["note"].startswith("absent")
     assert "megalith split bf16 / torch fused fp32" in capsys.readouterr().out
 

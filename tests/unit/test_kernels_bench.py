@@ -1,13 +1,37 @@
 """The benchmark of the kernels runs, measures every entry, and keeps what it read."""
 
 import json
+import sys
 
 import pytest
 import torch
 from megalith.bench import kernels
 
+PEER = """
+import json, sys
+print("noise", flush=True)
+print('reply {"gptqmodel": "7"}', flush=True)
+for line in sys.stdin:
+    print("reply " + ('0.5' if json.loads(line) is None else '"Kind"'), flush=True)
+"""
+
+
+def test_a_peer_in_another_environment_takes_its_turns(tmp_path, monkeypatch):
+    worker = tmp_path / "worker.py"
+    worker.write_text(PEER)
+    monkeypatch.setattr(kernels, "GPTQMODEL_WORKER", worker)
+    args = kernels.parse_args(["--rows", "2", "--gptqmodel_python", sys.executable])
+    peer = kernels.open_gptqmodel(args)
+    entry = kernels.product_entries(kernels.Layer("tiny", "o", 256, 128), 2, args, peer)[-1]
+    assert (entry.name, entry.note, entry.seconds(), peer.facts) == ("gptqmodel", "Kind", 0.5, {"gptqmodel": "7"})
+    peer.close()
+    worker.write_text("raise SystemExit(3)")
+    with pytest.raises(RuntimeError, match="ended with 3.* does it have gptqmodel"):
+        kernels.open_gptqmodel(args)
+
 
 def test_a_run_measures_every_entry_and_keeps_the_record(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv(kernels.GPTQMODEL_VARIABLE, raising=False)
     monkeypatch.setattr(kernels, "CPU_CACHE_BYTES", 1 << 16)
     path = tmp_path / "record.json"
     command = "--models tiny --layers o down --rows 1 65 --rounds 2 --numel 10007 --threads 1 --json".split()
@@ -27,6 +51,7 @@ def test_a_run_measures_every_entry_and_keeps_the_record(tmp_path, capsys, monke
     assert "adam: megalith split bf16" in rows
     assert all(len(values) == 2 and min(values) > 0 for metrics in rows.values() for values in metrics.values())
     assert {check["name"] for check in record["checks"]} >= {"tiny o 256x256, 1 rows: megalith / torch dense"}
+    assert record["settings"]["gptqmodel"].startswith("absent")
     assert "torch int4" in capsys.readouterr().out
 
 
@@ -41,7 +66,8 @@ def test_the_bytes_are_those_of_the_entry(monkeypatch):
 
 def test_weights_are_rotated_past_the_cache():
     args = kernels.parse_args([])
-    assert kernels.copies(8 << 20, args) * (8 << 20) >= 4 * kernels.CPU_CACHE_BYTES
+    assert (kernels.copies(8 << 20, 0, args) - 1) * (8 << 20) >= 4 * kernels.CPU_CACHE_BYTES
+    assert kernels.copies(8 << 20, 4 * kernels.CPU_CACHE_BYTES, args) == 1
 
 
 @pytest.mark.parametrize("option", ["--rows", "--rounds", "--threads"])
