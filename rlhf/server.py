@@ -28,6 +28,7 @@ from .chat_model import BatchingArguments, ChatModelArguments, positional_model,
 from .errors import InputError
 from .server_generate import generate_routes
 from .server_guard import Guard, error_response
+from .server_http import HttpProtocol
 from .server_metrics import CountedRequests, Metrics, memory_bytes
 from .server_openai import openai_routes
 from .server_service import ApiError, Limits, Service
@@ -197,6 +198,7 @@ def uvicorn_server(app, options):
         log_level="warning",
         access_log=False,
         server_header=False,
+        http=HttpProtocol,
         ws="none",
         timeout_graceful_shutdown=options.grace_s,
     )
