@@ -452,7 +452,10 @@ class _WeightLoader:
     def _whole_values(self, chunk: Chunk) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Room for the chunk's whole values [numel], in float32 where they are floats, and its slots as views of it."""
         spec = chunk.spec
-        if not spec.dtype.is_floating_point or (spec.dtype == torch.float32 and not chunk.placement.sharded):
+        if not spec.dtype.is_floating_point:
+            # Not `full`, where that is released next: what has gone to a drive can never be resized again.
+            values = torch.empty(spec.numel, dtype=spec.dtype, device=self._device)
+        elif spec.dtype == torch.float32 and not chunk.placement.sharded:
             values = chunk.full.data
         else:  # the pages of a `full` that is released next are better never touched
             if self._staging.numel() < spec.numel:

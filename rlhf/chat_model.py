@@ -10,12 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.hf_argparser import HfArg
 
-from .. import engine
 from .batching import Batcher, BatchingOptions
 from .decoding import max_positions
 from .errors import InputError
 from .gptq_model import load_quantized
 from .models import build_on_meta, load_source
+from .offload import offload
 from .strategy import choose_device
 from .templates import prompt_renderer
 from .tokenizer import load_tokenizer
@@ -46,6 +46,9 @@ class ChatModelArguments:
         help="bytes or a size such as 6GB that weights may take on the device; the others are fetched from the host, "
         "block by block, while the block before computes",
     )
+    nvme_dir: str | None = HfArg(
+        default=None, help="folder on a drive that holds the other weights instead of the host; needs --device_budget"
+    )
     quant: Literal["2bit", "3bit", "4bit", "8bit"] | None = HfArg(
         default=None, help="bits of a GPTQ checkpoint; needed where the checkpoint does not declare them"
     )
@@ -57,8 +60,8 @@ class ChatModelArguments:
     def __post_init__(self):
         if self.gptq_checkpoint is not None and self.quant is None:
             raise InputError("--gptq_checkpoint needs --quant: --quant 4bit")
-        if self.device_budget is not None and self.quant is not None:
-            raise InputError("--device_budget is for weights that are not quantised: leave out one of it and --quant")
+        if self.nvme_dir is not None and self.device_budget is None:
+            raise InputError("--nvme_dir needs --device_budget: what weights may take on the device")
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,6 @@ def load_chat_model(args, name=None):
     """
     device = choose_device(args.device)
     is_quantised = args.quant is not None or _is_quantised(args.pretrain)
-    if is_quantised and args.device_budget is not None:
-        raise InputError("--device_budget is for weights that are not quantised")
     model, tokenizer = (_load_quantised if is_quantised else _load_plain)(args, device)
     model.requires_grad_(False).eval()
     if len(tokenizer) > model.config.vocab_size:
@@ -131,6 +132,8 @@ def _load_quantised(args, device):
         group_size=args.gptq_group_size,
         device=device,
         dtype=DTYPES.get(args.precision),
+        device_budget=args.device_budget,
+        nvme_dir=args.nvme_dir,
     )
     return model, load_tokenizer(args.tokenizer or args.pretrain)
 
@@ -139,7 +142,8 @@ def _load_plain(args, device):
     source = load_source(args)
     dtype = DTYPES.get(args.precision, torch.bfloat16 if device.type == "cuda" else torch.float32)
     if args.device_budget is not None:
-        return _load_offloaded(source, device, dtype, args.device_budget), source.tokenizer
+        budget, nvme_dir = args.device_budget, args.nvme_dir
+        return offload(build_on_meta(source), device, dtype, budget, nvme_dir, source.folder), source.tokenizer
     if source.folder is None:
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(source.config, dtype=dtype).to(device), source.tokenizer
@@ -150,17 +154,6 @@ def _load_plain(args, device):
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{source.folder}: cannot be loaded: {error}") from None
     return model.to(device), source.tokenizer
-
-
-def _load_offloaded(source, device, dtype, device_budget):
-    model = build_on_meta(source).requires_grad_(False)
-    options = {"zero_stage": 3, "placement": "host", "device_budget": device_budget}
-    precision = {dtype: name for name, dtype in DTYPES.items()}[dtype]
-    try:
-        engine.initialize(model, None, pretrained=source.folder, device=device, precision=precision, **options)
-    except (ValueError, engine.OutOfBudgetError) as error:
-        raise InputError(f"--device_budget {device_budget}: {error}") from None
-    return model
 
 
 def stop_ids_of(generation_config, tokenizer):

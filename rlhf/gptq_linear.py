@@ -2,44 +2,43 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ..kernels import GptqWeight, gptq_matmul, join_gptq_weights
 
+_BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
+
 
 class QuantizedLinear(nn.Module):
-    """y = x W + b with W quantised by GPTQ; x is [..., in_features]."""
+    """y = x W + b with W quantised by GPTQ; x is [..., in_features].
+
+    Its tensors are frozen parameters, so that the engine can keep them on the host, and all of them integers: scales
+    and bias go by their bits, because a model's dtype is not theirs, and no cast may change them.
+    """
 
     def __init__(self, weight: GptqWeight):
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.bits, self.group_size = weight.bits, weight.group_size
+        self._dtypes = {name: tensor.dtype for name, tensor in weight.tensors().items()}
         for name in ("qweight", "scales", "zeros", "perm", "bias"):
-            self.register_buffer(name, getattr(weight, name))
+            tensor = getattr(weight, name)
+            if tensor is not None:
+                bits = tensor.view(_BITS.get(tensor.dtype, tensor.dtype))
+                tensor = nn.Parameter(bits, requires_grad=False)
+            self.register_parameter(name, tensor)
 
     @property
     def gptq_weight(self) -> GptqWeight:
-        return GptqWeight(
-            self.qweight,
-            self.scales,
-            self.zeros,
-            self.perm,
-            self.bias,
-            self.bits,
-            self.group_size,
-            self.in_features,
-        )
+        tensors = {
+            name: None if parameter is None else parameter.data.view(self._dtypes[name])
+            for name, parameter in self._parameters.items()
+        }
+        return GptqWeight(**tensors, bits=self.bits, group_size=self.group_size, in_features=self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         return gptq_matmul(x, self.gptq_weight)
-
-    def _apply(self, fn, recurse=True):
-        # Kernels take scales in float16 or float32, and those of the file are exact: no .to(dtype) changes them.
-        dtype, scales = self.scales.dtype, self.scales
-        super()._apply(fn, recurse)
-        if self.scales.dtype != dtype:
-            self.scales = scales.to(self.scales.device)
-        return self
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}"

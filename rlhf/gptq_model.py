@@ -26,6 +26,7 @@ from .gptq_experts import fused_experts, linear_experts, stored_linears
 from .gptq_linear import QuantizedLinear, join_projections
 from .gptq_tensors import PARTS, read_weight
 from .models import Source, build_on_meta
+from .offload import offload
 
 # Projections that modelling code calls with the same input, one after the other.
 _JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -33,16 +34,23 @@ _JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _OLD_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".masked_bias", "position_ids")
 
 
-def load_quantized(checkpoint, pretrained=None, bits=None, group_size=None, device="cpu", dtype=None):
+def load_quantized(
+    checkpoint, pretrained=None, bits=None, group_size=None, device="cpu", dtype=None, device_budget=None, nvme_dir=None
+):
     """Return the causal language model of a GPTQ checkpoint, in evaluation mode, with its linears over packed weights.
 
     `checkpoint` is a folder, or a file (.safetensors, .pt, .bin, an index of shards) beside which, or in the folder
     `pretrained`, lies the model's config.json; weights in `pretrained` are never read. `bits` and `group_size` (-1: one
     group) are for files that do not declare them. What is not quantised is loaded as `dtype`: by default float32 on a
-    CPU, else as the embedding is stored. Raises InputError that names file and tensor for whatever is missing,
-    contradictory, damaged, or of a format that is not read.
+    CPU, else as the embedding is stored. With a `device_budget` (bytes, or "6GB") the engine keeps the weights on the
+    host, or in a file in `nvme_dir`, and fetches each block while the one before it computes; what the budget has room
+    for stays on `device`. Raises InputError that names file and tensor for whatever is missing, contradictory, damaged,
+    or of a format that is not read, and for a budget that is too small.
     """
-    checkpoint, device = Path(checkpoint), torch.device(device)
+    compute_device = torch.device(device)
+    if device_budget is None and nvme_dir is not None:
+        raise InputError("nvme_dir is for weights that do not stay on the device: it needs a device_budget")
+    checkpoint, device = Path(checkpoint), compute_device if device_budget is None else torch.device("cpu")
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     model_folder = folder if pretrained is None else Path(pretrained)
     stored = open_checkpoint(checkpoint)
@@ -64,11 +72,14 @@ def load_quantized(checkpoint, pretrained=None, bits=None, group_size=None, devi
             setattr(model.get_submodule(parent), leaf, module)
 
     if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else _stored_dtype(model.get_input_embeddings(), plain, model)
+        dtype = (
+            torch.float32 if compute_device.type == "cpu" else _stored_dtype(model.get_input_embeddings(), plain, model)
+        )
     _load_plain(model, plain, stored, device, dtype)
     rebuild_buffers(model, device)
     model.config.dtype = dtype
-    return model.eval()
+    model.eval()
+    return model if device_budget is None else offload(model, compute_device, dtype, device_budget, nvme_dir)
 
 
 def _with_given(declared: GptqConfig, bits: int | None, group_size: int | None) -> GptqConfig:
@@ -208,6 +219,8 @@ def _stored_dtype(embedding: nn.Module, plain, model: nn.Module) -> torch.dtype:
 def _load_plain(model: nn.Module, plain, stored, device: torch.device, dtype: torch.dtype) -> None:
     """Fill what is not quantised, one tensor at a time."""
     for name, aliases in parameter_aliases(model).items():
+        if name not in plain:
+            continue  # of a quantised linear
         conversion, target = plain[name]
         sources = {source: stored[source].read() for source in conversion.sources}
         if conversion.operation is None:

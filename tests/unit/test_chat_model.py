@@ -77,7 +77,7 @@ def test_presets(preset):
 
 def test_weights_beyond_the_device_give_the_same_answer(folder):
     plain, tokens = greedy(ChatModelArguments(pretrain=folder))
-    budget = str(plain.weight_bytes * 2 // 3)
+    budget = str(plain.weight_bytes * 9 // 10)
     offloaded, same = greedy(ChatModelArguments(pretrain=folder, device_budget=budget))
     assert same == tokens
     assert offloaded.weight_bytes == plain.weight_bytes
@@ -94,6 +94,10 @@ def test_a_quantised_folder_declares_itself(tmp_path):
     assert tokens == expected(model)
     assert facts.precision == "GPTQ, fp32"
     assert facts.weight_bytes < 0.6 * 4 * sum(p.numel() for p in model.parameters())
+    budget = str(facts.weight_bytes * 9 // 10)
+    for place in ({}, {"nvme_dir": str(tmp_path / "drive")}):
+        facts, same = greedy(ChatModelArguments(pretrain=str(tmp_path / "q"), device_budget=budget, **place))
+        assert same == tokens
 
 
 def test_the_announcements_command():
@@ -108,8 +112,8 @@ def test_the_announcements_command():
     assert len(tokens) == 24
     with pytest.raises(InputError, match="--gptq_checkpoint needs --quant"):
         ChatModelArguments(**options)
-    with pytest.raises(InputError, match="--device_budget"):
-        ChatModelArguments(quant="4bit", device_budget="1GB", **options)
+    with pytest.raises(InputError, match="--nvme_dir needs --device_budget"):
+        ChatModelArguments(quant="4bit", nvme_dir="somewhere", **options)
 
 
 def test_tokenizer_and_model_have_to_belong_together(folder, tmp_path):

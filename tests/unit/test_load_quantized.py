@@ -7,8 +7,10 @@ import os
 import pytest
 import torch
 from gptq_files import block_linears, quantize_in_place, shared_data, write_folder
+from megalith import engine
 from megalith.kernels import unpack_zeros
 from megalith.rlhf import load_quantized
+from megalith.rlhf.errors import InputError
 from safetensors.torch import load_file
 from tiny import VOCAB, make_model
 from transformers import LlamaConfig
@@ -135,10 +137,10 @@ def test_bf16_files_and_dtypes(tmp_path):
     half = load_quantized(folder, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
     assert_same(half, model, tolerance=3e-2)
-    scales = half.model.layers[0].mlp.down_proj.scales
+    scales = half.model.layers[0].mlp.down_proj.gptq_weight.scales
     half.to(torch.float32)
-    assert half.model.layers[0].mlp.down_proj.scales.dtype == torch.float16
-    assert torch.equal(half.model.layers[0].mlp.down_proj.scales, scales)
+    assert half.model.layers[0].mlp.down_proj.gptq_weight.scales.dtype == torch.float16
+    assert torch.equal(half.model.layers[0].mlp.down_proj.gptq_weight.scales, scales)
     assert_same(half, model, tolerance=1e-5)
 
 
@@ -306,3 +308,35 @@ def test_llama_7b_takes_4_gb(tmp_path):
     weights = one + 31 * (two - one) + 2 * (32000 - 256) * 4096 * 2
     kv_cache = 2 * 32 * 128 * 4096 * 2
     assert 3.85e9 < weights + kv_cache <= 4.0e9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_that_do_not_fit_are_fetched_and_change_no_bit(tmp_path, dtype):
+    """Act-order, joined projections, biases: everything of a block comes and goes, and the ledger counts it."""
+    model = make_model("qwen2", hidden_size=64, num_hidden_layers=6)
+    tensors = quantize_in_place(model, act_order=True, group_size=32, sym=False)
+    folder = write_folder(tmp_path / "q", model, tensors, declared(group_size=32, desc_act=True, sym=False))
+    ids = torch.randint(model.config.vocab_size, (2, 9))
+    plain = load_quantized(folder, dtype=dtype)
+    with torch.no_grad():
+        expected = plain(ids).logits
+    weight_bytes = sum(parameter.nbytes for parameter in plain.parameters())
+    for place in ({}, {"nvme_dir": tmp_path / "drive"}):
+        offloaded = load_quantized(folder, dtype=dtype, device_budget=weight_bytes // 2, **place)
+        with torch.no_grad():
+            for _ in range(3):
+                assert torch.equal(offloaded(ids).logits, expected)
+        report = engine.memory_report(offloaded)
+        at_rest = report["nvme" if place else "host"]["weight"]["bytes"]
+        assert report["device"]["total"]["peak_bytes"] <= weight_bytes // 2
+        assert weight_bytes <= at_rest <= 1.05 * weight_bytes
+        assert not any(parameter.is_floating_point() for parameter in offloaded.model.layers[0].mlp.parameters())
+
+
+def test_a_budget_that_holds_no_three_blocks_is_refused(tmp_path):
+    model = make_model("llama")
+    folder = write_folder(tmp_path, model, quantize_in_place(model), declared())
+    with pytest.raises(InputError, match="--device_budget 999: the weights that are on the device at the same time"):
+        load_quantized(folder, device_budget=999)
+    with pytest.raises(InputError, match="needs a device_budget"):
+        load_quantized(folder, nvme_dir=tmp_path)
