@@ -24,7 +24,7 @@ def main(argv):
     device = torch.device(options.device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
     prompts = make_prompts(options)
-    answer = BUILDERS[options.builder](options, device, dtype)
+    answer, model = BUILDERS[options.builder](options, device, dtype)
 
     answer(prompts, 4)  # warm-up: kernels are chosen, memory is taken, graphs are recorded
     if device.type == "cuda":
@@ -40,10 +40,35 @@ def main(argv):
         "peak_rss_bytes": 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]),
         # What the rest of the machine did meanwhile, of all its cores: it tells a reading taken in noise.
         "other_load_share": max(0.0, busy_s - cpu_s) / (wall_s * psutil.cpu_count()),
+        "weights_read_bytes": weights_read_bytes(model),
+        "kv_bytes": kv_bytes(model, options),
     }
     if device.type == "cuda":
         metrics["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
+    metrics["copy_GB_per_s"] = copy_bytes_per_s(device) / 1e9
     Path(argv[1]).write_text(json.dumps({"metrics": metrics, "tokens": tokens}))
+
+
+def weights_read_bytes(model):
+    """Of one step: all but the embedding, of which a step reads a row a prompt, unless it is the head as well."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    unread = 0 if getattr(head, "weight", None) is embedding else embedding.nbytes
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) - unread
+
+
+def kv_bytes(model, options):
+    """Of the longest prompt and its answer, for every prompt, in whole blocks of our cache."""
+    from megalith.rlhf.kv_cache import BLOCK, bytes_per_token
+
+    columns = -(-(options.prompt_tokens + options.new_tokens) // BLOCK) * BLOCK
+    return options.batch_size * columns * bytes_per_token(model)
+
+
+def copy_bytes_per_s(device):
+    """Bytes/s of a plain copy, read and written: the best of five."""
+    source = torch.ones(64 << 20 if device.type == "cuda" else 16 << 20, device=device)
+    target = torch.empty_like(source)
+    return max(2 * source.nbytes / timed(lambda: target.copy_(source), device)[0] for _ in range(5))
 
 
 def make_prompts(options):
@@ -68,7 +93,7 @@ def make_model(options, device, dtype):
     return model.requires_grad_(False)
 
 
-# Entries: each returns answer(prompts, new_tokens) -> the new tokens of each.
+# Entries: each returns answer(prompts, new_tokens) -> the new tokens of each, and its model.
 
 
 def build_transformers(options, device, dtype):
@@ -85,7 +110,7 @@ def build_transformers(options, device, dtype):
         )
         return output[:, longest:].tolist()
 
-    return answer
+    return answer, model
 
 
 def build_transformers_continuous(options, device, dtype):
@@ -100,7 +125,7 @@ def build_transformers_continuous(options, device, dtype):
         ordered = sorted(outputs.values(), key=lambda output: int(output.request_id.rpartition("_")[2]))
         return [output.generated_tokens for output in ordered]
 
-    return answer
+    return answer, model
 
 
 def build_megalith(options, device, dtype):
@@ -161,7 +186,7 @@ def megalith_answer(model):
         greedy = SamplingOptions(max_new_tokens=new_tokens, temperature=0)
         return [answer.tokens for answer in generate(model, prompts, greedy, batch_size=len(prompts))]
 
-    return answer
+    return answer, model
 
 
 def build_megalith_batcher(options, device, dtype):
@@ -169,13 +194,14 @@ def build_megalith_batcher(options, device, dtype):
     from megalith.rlhf.batching import Batcher, BatchingOptions
     from megalith.rlhf.sampling import SamplingOptions
 
-    batcher = Batcher(make_model(options, device, dtype), BatchingOptions(prefix_share=0))
+    model = make_model(options, device, dtype)
+    batcher = Batcher(model, BatchingOptions(prefix_share=0))
 
     def answer(prompts, new_tokens):
         greedy = SamplingOptions(max_new_tokens=new_tokens, temperature=0)
         return [list(stream) for stream in [batcher.submit(prompt, greedy) for prompt in prompts]]
 
-    return answer
+    return answer, model
 
 
 BUILDERS = {

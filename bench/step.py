@@ -39,6 +39,14 @@ MODELS = {  # fields of transformers.LlamaConfig
         "num_key_value_heads": 8,
         "vocab_size": 8192,
     },
+    "llama-110m": {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "vocab_size": 16384,
+    },
     "llama-1b": {
         "hidden_size": 2048,
         "intermediate_size": 5632,

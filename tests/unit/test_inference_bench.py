@@ -35,6 +35,19 @@ def test_ratios_are_taken_within_a_round(monkeypatch, tmp_path, capsys):
     assert record["checks"][0]["values"] == pytest.approx([1.1, 1.2]) and record["checks"][0]["at_least"] == 1.0
 
 
+def test_the_bars_of_a_gpu():
+    """Half a second for 100 tokens of 4 GB at 1 TB/s is 0.8 of what the bandwidth allows."""
+    args = inference.argparse.Namespace(device="cuda", precision="bf16", batch_sizes=[1], model="llama-7b")
+    metrics = {"tokens_per_s": 180.0, "decoded_tokens_per_s": 200.0, "weights_read_bytes": 4e9, "copy_GB_per_s": 1000.0}
+    own = {"metrics": {**metrics, "peak_cuda_bytes": 4.1e9, "kv_bytes": 0.2e9}}
+    checks = list(inference.checks({"megalith-4bit x1": [own], "transformers x1": [reading(100.0)]}, args))
+    assert [check["values"] for check in checks] == [[1.8], [pytest.approx(0.8)], [pytest.approx(3.9)]]
+    assert all(inference.report.passes(check) for check in checks)
+    own["metrics"] |= {"decoded_tokens_per_s": 140.0, "kv_bytes": 0.05e9}
+    checks = list(inference.checks({"megalith-4bit x1": [own]}, args))
+    assert not any(inference.report.passes(check) for check in checks)
+
+
 def test_an_entry_that_decodes_wrongly_cannot_win(monkeypatch, tmp_path, capsys):
     readings = {"transformers x1": [reading(1)], "megalith x1": [reading(99, tokens=((1, 3),))]}
     status, record = record_of(readings, monkeypatch, tmp_path)
@@ -62,6 +75,9 @@ def test_every_entry_of_ours_answers_as_transformers_does(monkeypatch, tmp_path,
     assert [row["name"] for row in rows] == [f"{entry} x2" for entry in entries]
     for row in rows:
         assert row["metrics"]["tokens_per_s"][0] > 0 and row["metrics"]["peak_rss_bytes"][0] > 2**20
+        assert row["metrics"]["kv_bytes"] == [2 * 2 * 2 * 128 * 128 * 4]  # a block each: 2 prompts, 2 layers, K and V
+    read = {row["name"]: row["metrics"]["weights_read_bytes"][0] for row in rows}
+    assert read["megalith x2"] == read["transformers x2"] > 2 * read["megalith-4bit x2"]
     assert plot.stat().st_size > 0
 
 
