@@ -27,10 +27,12 @@ test: install lint
 
 bench: install
 	$(BIN)/python -m megalith.bench.step
+	$(BIN)/python -m pytest tests/speed --benchmark-only
 
 # Tests and benchmarks that need CUDA; on a machine whose own Python holds torch, call with BIN set to its folder.
 gpu:
 	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m pytest tests/speed --benchmark-only
 	$(BIN)/python -m megalith.bench.step --device cuda
 	$(BIN)/python -m megalith.bench.kernels --device cuda --models 7b 13b 70b --json bench/results/kernels_cuda.json
 	$(BIN)/python -m megalith.bench.inference --device cuda --model llama-7b --precision bf16 --json bench/results/inference_cuda.json

@@ -50,7 +50,7 @@ setup(
     ],
     extras_require={
         "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client"],
-        "dev": ["pytest", "hypothesis", "ruff", "pre-commit", "openai", "httpx2", "selenium"],
+        "dev": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "pre-commit", "openai", "httpx2", "selenium"],
     },
     entry_points={"console_scripts": ["megalith = megalith.rlhf.cli:main"]},
 )

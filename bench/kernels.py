@@ -6,9 +6,10 @@
 
 GB/s counts the bytes that a product has to move, its weight (with scales), x and y, each once; the share is that of
 the bandwidth that a plain copy reaches in the same run, so 100 % is the floor. A reading goes once through so many
-copies of the weight that none is still in the cache, and gives the mean. Entries take turns, round after round; a ratio
-is that of two readings of one round. torch's int4 kernels take bfloat16 here, since the float32 one of the CPU is a
-plain loop, and few rows, since with more they fall behind the dense product by multiples.
+copies of the weight that none is still in the cache, and gives the mean; on a GPU it replays a graph of that. Entries
+take turns, round after round; a ratio is that of two readings of one round. torch's int4 kernels take bfloat16 here,
+since the float32 one of the CPU is a plain loop, and few rows, since with more they fall behind the dense product by
+multiples.
 """
 
 import argparse
@@ -65,14 +66,16 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     rows, checks = [], []
     copy_bytes_per_s = measure_copy(args)
-    cases = [(layer, m) for layer in layers(args) for m in args.rows]
     gptqmodel = open_gptqmodel(args)
     try:
-        for layer, m in tqdm(cases, desc="products"):
-            entries = product_entries(layer, m, args, gptqmodel)
-            readings = take_turns(entries, args.rounds)
-            rows += [product_row(entry, layer, m, readings[entry.name], copy_bytes_per_s) for entry in entries]
-            checks += product_checks(layer, m, entries, readings, copy_bytes_per_s, args.device)
+        for layer in layers(args):
+            weights = make_weights(layer, args, gptqmodel)
+            for m in tqdm(args.rows, desc=f"{layer.model} {layer.name}", unit="product"):
+                entries = product_entries(layer, m, weights, args, gptqmodel)
+                readings = take_turns(entries, args.rounds)
+                rows += [product_row(entry, layer, m, readings[entry.name], copy_bytes_per_s) for entry in entries]
+                checks += product_checks(layer, m, entries, readings, copy_bytes_per_s, args.device)
+            del weights, entries  # before those of the next layer
     finally:
         if gptqmodel:
             gptqmodel.close()
@@ -125,40 +128,88 @@ def open_gptqmodel(args: argparse.Namespace) -> Peer | None:
     )
 
 
-def product_entries(layer: Layer, rows: int, args: argparse.Namespace, gptqmodel: Peer | None = None) -> list[Entry]:
+@dataclass(frozen=True)
+class Weights:
+    """Of one layer: as many as the fewest rows need to go round."""
+
+    packed: list[GptqWeight]
+    dense: list[torch.Tensor]  # [K, N]
+    int4: list[Callable[[torch.Tensor], torch.Tensor]]  # torch's product with each
+    gptqmodel: str  # the kernel that it chose
+    packed_bytes: int
+    dense_bytes: int
+
+
+def make_weights(layer: Layer, args: argparse.Namespace, gptqmodel: Peer | None = None) -> Weights:
+    dtype, device = DTYPES[args.dtype], args.device
+    activations = activation_bytes(layer, min(args.rows), dtype)
+    first = random_weight(layer, device)
+    packed_bytes = sum(tensor.numel() * tensor.element_size() for tensor in first.tensors().values())
+    dense_bytes = layer.in_features * layer.out_features * dtype.itemsize
+    count = copies(packed_bytes, activations, args)
+    shape = layer.out_features, layer.in_features
+    kind = gptqmodel.ask([layer.in_features, layer.out_features, GROUP, count]) if gptqmodel else "absent"
+    return Weights(
+        packed=[first] + [random_weight(layer, device) for _ in range(count - 1)],
+        dense=[
+            torch.randn(shape, device=device).mul_(0.02).to(dtype).t()
+            for _ in range(copies(dense_bytes, activations, args))
+        ],
+        int4=int4_products(layer, count, device),
+        gptqmodel=kind,
+        packed_bytes=packed_bytes,
+        dense_bytes=dense_bytes,
+    )
+
+
+def activation_bytes(layer: Layer, rows: int, dtype: torch.dtype) -> int:
+    return rows * (layer.in_features + layer.out_features) * dtype.itemsize
+
+
+def product_entries(
+    layer: Layer, rows: int, weights: Weights, args: argparse.Namespace, gptqmodel: Peer | None = None
+) -> list[Entry]:
     """Every way to compute the product; `bytes_per_element` is that of the whole call."""
     dtype, device = DTYPES[args.dtype], args.device
     x = torch.randn(rows, layer.in_features, device=device).to(dtype)
-    activations = (x.numel() + rows * layer.out_features) * x.element_size()
-    first = random_weight(layer, device)
-    packed_bytes = sum(tensor.numel() * tensor.element_size() for tensor in first.tensors().values())
-    packed = [first] + [random_weight(layer, device) for _ in range(copies(packed_bytes, activations, args) - 1)]
-    dense_bytes = layer.in_features * layer.out_features * x.element_size()
-    dense = [
-        torch.randn(layer.out_features, layer.in_features, device=device).mul_(0.02).to(dtype).t()
-        for _ in range(copies(dense_bytes, activations, args))
-    ]
+    activations = activation_bytes(layer, rows, dtype)
+    packed = weights.packed[: copies(weights.packed_bytes, activations, args)]
+    dense = weights.dense[: copies(weights.dense_bytes, activations, args)]
 
     def entry(name: str, weight_bytes: int, calls: list[Callable[[], object]], note: str) -> Entry:
-        return Entry(name, weight_bytes + activations, adam.stopwatch(lambda: [call() for call in calls], device), note)
+        run = recorded(calls) if device == "cuda" else lambda: [call() for call in calls]
+        seconds = adam.stopwatch(run, device)
+        return Entry(name, weight_bytes + activations, lambda: seconds() / len(calls), note)
 
     entries = [
-        entry("megalith", packed_bytes, [lambda w=w: gptq_matmul(x, w) for w in packed], "gptq_matmul, 4 bits"),
-        entry("torch dense", dense_bytes, [lambda w=w: x @ w for w in dense], f"x @ W in {args.dtype}"),
+        entry("megalith", weights.packed_bytes, [lambda w=w: gptq_matmul(x, w) for w in packed], "gptq_matmul, 4 bits"),
+        entry("torch dense", weights.dense_bytes, [lambda w=w: x @ w for w in dense], f"x @ W in {args.dtype}"),
     ]
     if rows <= INT4_ROWS:
-        calls = int4_calls(layer, x.bfloat16(), len(packed), device)
-        entries.append(entry("torch int4", packed_bytes, calls, f"bf16, up to {INT4_ROWS} rows"))
-    entries = [scaled(e, len(c)) for e, c in zip(entries, (packed, dense, packed), strict=False)]
+        half = x.bfloat16()
+        calls = [lambda product=product: product(half) for product in weights.int4[: len(packed)]]
+        entries.append(entry("torch int4", weights.packed_bytes, calls, f"bf16, up to {INT4_ROWS} rows"))
     if gptqmodel:
-        kind = gptqmodel.ask([layer.in_features, layer.out_features, rows, GROUP, len(packed)])
-        entries.append(Entry("gptqmodel", packed_bytes + activations, lambda: gptqmodel.ask(None), kind))
+        turn = [rows, len(packed)]
+        ask = Entry("gptqmodel", weights.packed_bytes + activations, lambda: gptqmodel.ask(turn), weights.gptqmodel)
+        entries.append(ask)
     return entries
 
 
-def scaled(entry: Entry, calls: int) -> Entry:
-    """An entry whose reading is of one call, not of `calls`."""
-    return Entry(entry.name, entry.bytes_per_element, lambda: entry.seconds() / calls, entry.note)
+def recorded(calls: list[Callable[[], object]]) -> Callable[[], None]:
+    """One replay of a CUDA graph of all calls, as decoding runs them: at one row they take less time than Python needs
+    to launch them."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles, and lets libraries choose
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph.replay
 
 
 def copies(nbytes: int, activations: int, args: argparse.Namespace) -> int:
@@ -183,7 +234,7 @@ def random_weight(layer: Layer, device: str) -> GptqWeight:
     )
 
 
-def int4_calls(layer: Layer, x: torch.Tensor, count: int, device: str) -> list[Callable[[], object]]:
+def int4_products(layer: Layer, count: int, device: str) -> list[Callable[[torch.Tensor], torch.Tensor]]:
     """torch's own int4 products, with as many weights: bfloat16 x, and scales and zero-points rounded to bfloat16."""
     codes = torch.randint(0, 16, (layer.out_features, layer.in_features), dtype=torch.int32, device=device)
     scales_zeros = torch.rand(layer.in_features // GROUP, layer.out_features, 2, device=device).mul_(0.01).bfloat16()
@@ -194,7 +245,7 @@ def int4_calls(layer: Layer, x: torch.Tensor, count: int, device: str) -> list[C
         pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
         weights = [torch.ops.aten._convert_weight_to_int4pack(pairs, 8) for _ in range(count)]
         product = torch.ops.aten._weight_int4pack_mm
-    return [lambda w=w: product(x, w, GROUP, scales_zeros) for w in weights]
+    return [lambda x, w=w: product(x, w, GROUP, scales_zeros) for w in weights]
 
 
 def product_row(entry: Entry, layer: Layer, rows: int, seconds: list[float], copy_bytes_per_s: float) -> dict:

@@ -2,11 +2,12 @@
 
     python kernels_gptqmodel.py DEVICE DTYPE THREADS
 
-Says its version, then answers two kinds of lines (peer.py): [in_features, out_features, rows, group_size, copies] makes
-so many layers over random codes, with the kernel that GPTQModel itself chooses, and is answered with its name; null
-goes once through all of them, and is answered with the seconds of one.
+Says its version, then answers two kinds of lines (peer.py): [in_features, out_features, group_size, copies] makes so
+many layers over random codes, with the kernel that GPTQModel itself chooses, and is answered with its name; [rows,
+copies] goes once through so many of them, and is answered with the seconds of one.
 """
 
+import functools
 import json
 import sys
 import time
@@ -24,22 +25,46 @@ def main() -> None:
     device, dtype, threads = torch.device(sys.argv[1]), DTYPES[sys.argv[2]], int(sys.argv[3])
     torch.set_num_threads(threads)
     reply({"gptqmodel": __version__})
-    layers, x = [], None
+    layers, x = [], torch.empty(0)
     for line in sys.stdin:
         question = json.loads(line)
-        if question is not None:
+        if len(question) == 4:
             layers = []  # its memory first
-            in_features, out_features, rows, group_size, copies = question
+            in_features, out_features, group_size, copies = question
             layers = [make_layer(in_features, out_features, group_size, device, dtype) for _ in range(copies)]
-            x = torch.randn(rows, in_features, device=device).to(dtype)
             reply(type(layers[0]).__name__)
             continue
-        synchronize(device)
-        start_s = time.perf_counter()
-        for layer in layers:
-            layer(x)
-        synchronize(device)
-        reply((time.perf_counter() - start_s) / len(layers))
+        rows, copies = question
+        if x.shape != (rows, in_features):
+            x = torch.randn(rows, in_features, device=device).to(dtype)
+        run = functools.partial(pass_through, layers[:copies], x)
+        reply(seconds(record(run) if device.type == "cuda" else run, device) / copies)
+
+
+def pass_through(layers, x) -> None:
+    for layer in layers:
+        layer(x)
+
+
+def seconds(run, device) -> float:
+    synchronize(device)
+    start_s = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start_s
+
+
+def record(run):
+    """One replay of a CUDA graph, as the benchmark does with every entry."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()
+    return graph.replay
 
 
 def make_layer(in_features, out_features, group_size, device, dtype):

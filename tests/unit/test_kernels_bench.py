@@ -12,7 +12,7 @@ import json, sys
 print("noise", flush=True)
 print('reply {"gptqmodel": "7"}', flush=True)
 for line in sys.stdin:
-    print("reply " + ('0.5' if json.loads(line) is None else '"Kind"'), flush=True)
+    print("reply " + ('0.5' if len(json.loads(line)) == 2 else '"Kind"'), flush=True)
 """
 
 
@@ -20,9 +20,11 @@ def test_a_peer_in_another_environment_takes_its_turns(tmp_path, monkeypatch):
     worker = tmp_path / "worker.py"
     worker.write_text(PEER)
     monkeypatch.setattr(kernels, "GPTQMODEL_WORKER", worker)
+    monkeypatch.setattr(kernels, "CPU_CACHE_BYTES", 1000)
     args = kernels.parse_args(["--rows", "2", "--gptqmodel_python", sys.executable])
     peer = kernels.open_gptqmodel(args)
-    entry = kernels.product_entries(kernels.Layer("tiny", "o", 256, 128), 2, args, peer)[-1]
+    layer = kernels.Layer("tiny", "o", 256, 128)
+    entry = kernels.product_entries(layer, 2, kernels.make_weights(layer, args, peer), args, peer)[-1]
     assert (entry.name, entry.note, entry.seconds(), peer.facts) == ("gptqmodel", "Kind", 0.5, {"gptqmodel": "7"})
     peer.close()
     worker.write_text("raise SystemExit(3)")
@@ -58,7 +60,8 @@ def test_a_run_measures_every_entry_and_keeps_the_record(tmp_path, capsys, monke
 def test_the_bytes_are_those_of_the_entry(monkeypatch):
     args = kernels.parse_args(["--rows", "2", "--dtype", "fp32"])
     monkeypatch.setattr(kernels, "CPU_CACHE_BYTES", 1000)
-    entries = kernels.product_entries(kernels.Layer("tiny", "o", 256, 128), 2, args)
+    layer = kernels.Layer("tiny", "o", 256, 128)
+    entries = kernels.product_entries(layer, 2, kernels.make_weights(layer, args), args)
     activations = 2 * (256 + 128) * 4
     packed = 256 * 128 // 2 + 2 * 128 * 2 + activations
     assert [entry.bytes_per_element for entry in entries] == [packed, 256 * 128 * 4 + activations, packed]
