@@ -180,6 +180,12 @@ class Learner:
         warm = self.critic is None or self.iteration >= self.ppo_args.critic_warmup
         return list(self.parts.values()) if warm else [self.critic]
 
+    @property
+    def engines(self):
+        """Those of `parts` that are models of their own: with a shared base, the actor alone."""
+        actor = self.actor.optimizer
+        return {name: part for name, part in self.parts.items() if name == "actor" or part.optimizer is not actor}
+
     def state(self):
         """What a checkpoint needs beside the engines' own, as plain values."""
         return {

@@ -7,6 +7,7 @@ weights from their folder under the old names (`stored_name`); the adapters have
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 from pathlib import Path
@@ -26,20 +27,22 @@ ADAPTER = "default"  # PEFT's name of a model's first adapter
 NEW_PARAMETERS = ("*.lora_A.*", "*.lora_B.*")  # what a folder of base weights lacks
 HEAD = "score"
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+STATISTICS_FILE = "score_statistics.json"
 
 
-def add_adapters(model, lora_args, seed):
+def add_adapters(model, lora_args, seed, adapter=ADAPTER, config=None):
     """Put adapters into `model` (on meta) and freeze everything else but the score head. Returns `model`, changed only
     where `lora_args.lora_rank` is not 0.
 
     Initial values are LoRA's own, the same on every rank: lora_A uniform as in nn.Linear, lora_B zero, so that the
-    adapted model computes what its base does. Raises InputError when no layer has a name that was asked for, and for
+    adapted model computes what its base does. `adapter`: PEFT's name of these, where a model has several; `config`:
+    instead of one of `lora_args`. Raises InputError when no layer has a name that was asked for, and for
     layers other than linear ones.
     """
     if not lora_args.lora_rank:
         return model
     targets = lora_args.lora_target_modules
-    config = LoraConfig(
+    config = config or LoraConfig(
         r=lora_args.lora_rank,
         lora_alpha=lora_args.lora_alpha or 2 * lora_args.lora_rank,
         lora_dropout=lora_args.lora_dropout,
@@ -49,7 +52,7 @@ def add_adapters(model, lora_args, seed):
         task_type="SEQ_CLS" if hasattr(model, HEAD) else "CAUSAL_LM",
     )
     try:
-        inject_adapter_in_model(config, model, ADAPTER)
+        inject_adapter_in_model(config, model, adapter)
     except ValueError as error:
         raise InputError(f"--lora_target_modules {targets}: {error}") from None
     with torch.random.fork_rng(devices=[]):
@@ -57,9 +60,11 @@ def add_adapters(model, lora_args, seed):
         for name, layer in adapted_layers(model).items():
             if not isinstance(layer, LoraLinear):
                 raise InputError(f"--lora_target_modules {targets}: {name} is no linear layer; only those are adapted")
-            layer.lora_A[ADAPTER].to_empty(device="cpu")
-            layer.lora_B[ADAPTER].to_empty(device="cpu")
-            layer.reset_lora_parameters(ADAPTER, init_lora_weights=True)
+            if adapter in layer.lora_A:
+                layer.lora_A[adapter].to_empty(device="cpu")
+                layer.lora_B[adapter].to_empty(device="cpu")
+                layer.reset_lora_parameters(adapter, init_lora_weights=True)
+                layer.set_adapter(ADAPTER)
     if hasattr(model, HEAD):
         getattr(model, HEAD).requires_grad_(True)
         config.modules_to_save = [HEAD]  # only noted, for the adapter's file: PEFT would wrap the head and rename it
@@ -76,32 +81,62 @@ def stored_name(name):
     return name.replace(".base_layer.", ".")
 
 
-@contextlib.contextmanager
 def adapters_off(model):
     """The base model, for as long as the context lasts: the reference policy of a policy with adapters."""
-    layers = adapted_layers(model).values()
-    for layer in layers:
-        layer.enable_adapters(False)
+    return adapter_on(model, None)
+
+
+@contextlib.contextmanager
+def adapter_on(model, adapter):
+    """The model with the adapter of that name and no other, or with none, for as long as the context lasts. What is
+    trained stays so, whichever is on."""
+    layers = list(adapted_layers(model).values())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def switch(name):
+        for layer in layers:
+            if name is None:
+                layer.enable_adapters(False)
+            else:
+                layer.set_adapter(name)
+        for layer in layers if name is not None else ():
+            layer.enable_adapters(True)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+    switch(adapter)
     try:
         yield model
     finally:
-        for layer in layers:
-            layer.enable_adapters(True)
+        switch(ADAPTER)
 
 
-def save_adapter(folder, model, base_folder, is_first):
+def save_adapter(folder, model, base_folder, is_first, adapter=ADAPTER, head=HEAD):
     """Write the adapters, and the head where there is one, as PEFT does: adapter_config.json and
     adapter_model.safetensors, for `PeftModel.from_pretrained`. A collective."""
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def is_saved(name):
+        return (".lora_" in name and f".{adapter}." in name) or name.startswith(f"{head}.")
+
+    names = {name for name, _ in model.named_parameters() if is_saved(name)}
     tensors = {
-        f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": tensor
-        for name, tensor in engine.whole_weights(model, trained)
+        f"base_model.model.{name.replace(f'.{adapter}.', '.').replace(f'{head}.', f'{HEAD}.')}": tensor
+        for name, tensor in engine.whole_weights(model, names)
     }
     if is_first:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        config = model.peft_config[ADAPTER]
+        config = model.peft_config[adapter]
         config.base_model_name_or_path = base_folder
+        if head != HEAD:  # the model is a language model, and what is saved of it scores
+            config.task_type, config.modules_to_save = "SEQ_CLS", [HEAD]
         config.save_pretrained(folder)
+        statistics = {
+            name: value for name in ("mean", "std") if (value := getattr(model.config, name, None)) is not None
+        }
+        if statistics and head == HEAD:  # of a reward model's scores; a folder of adapters has no config.json
+            (Path(folder) / STATISTICS_FILE).write_text(json.dumps(statistics))
         save_file(tensors, Path(folder) / WEIGHTS_NAME, metadata={"format": "pt"})
 
 
@@ -181,6 +216,10 @@ def _merge(folder, target):
         raise InputError(
             f"{folder}: {sorted(unused)[0]} and {len(unused) - 1} others are not in both, adapters and {base}"
         )
-    model.merge_and_unload().save_pretrained(target)
+    model = model.merge_and_unload()
+    if (folder / STATISTICS_FILE).is_file():
+        for name, value in json.loads((folder / STATISTICS_FILE).read_text()).items():
+            setattr(model.config, name, value)
+    model.save_pretrained(target)
     named = folder if (folder / "tokenizer_config.json").is_file() else base
     AutoTokenizer.from_pretrained(named, local_files_only=True).save_pretrained(target)

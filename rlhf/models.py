@@ -187,9 +187,10 @@ def disable_dropout(model):
                 setattr(module, name, 0.0)
 
 
-def decay_groups(model, weight_decay):
-    """Parameter groups of AdamW: matrices decay, vectors (biases, norms) do not."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def decay_groups(parameters, weight_decay):
+    """Parameter groups of AdamW for those of `parameters` that are trained: matrices decay, vectors (biases, norms) do
+    not."""
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},

@@ -70,22 +70,27 @@ def train_epochs(learner, experience, advantages, returns=None, kl_weight=0.0, r
         tokens = sum(len(answers[row].ids) for row in rows)
         if args.stop_kl is not None and sums.get("approx_kl", 0.0) / tokens > args.stop_kl:
             stopped_early = True
-            for part in learner.trained_now:
-                part.optimizer.zero_grad()
+            for optimizer in _once(part.optimizer for part in learner.trained_now):
+                optimizer.zero_grad()
             break
-        for part in learner.trained_now:
-            part.optimizer.step()
-            part.optimizer.zero_grad()
+        for optimizer in _once(part.optimizer for part in learner.trained_now):
+            optimizer.step()
+            optimizer.zero_grad()
         if learner.average is not None and learner.actor in learner.trained_now:
             learner.average.update()
         updates += 1
         for name, value in {**sums, "tokens": tokens}.items():
             totals[name] = totals.get(name, 0.0) + value
     rate = learner.actor.scheduler.get_last_lr()[0]
-    for part in learner.trained_now:
-        part.scheduler.step()
+    for scheduler in _once(part.scheduler for part in learner.trained_now):
+        scheduler.step()
     learner.iteration += 1
     return {**_outcome(learner, totals), "updates": updates, "policy/stopped_early": int(stopped_early), "lr": rate}
+
+
+def _once(items):
+    """Each item once: with a shared base, actor and critic have one optimizer."""
+    return list({id(item): item for item in items}.values())
 
 
 def _minibatches(learner, count):

@@ -9,10 +9,11 @@ from transformers import get_scheduler
 from transformers.hf_argparser import HfArg
 
 from .. import engine
+from . import shared_base
 from .errors import require
 from .learner import Trained
+from .lora import ADAPTER, add_adapters, stored_name
 from .lora import NEW_PARAMETERS as ADAPTER_PARAMETERS
-from .lora import add_adapters, stored_name
 from .models import Source, build_on_meta, decay_groups, disable_dropout
 from .reward_model import NEW_PARAMETERS as HEAD_PARAMETERS
 from .reward_model import build_reward_model, forget_normalization, normalization
@@ -131,6 +132,9 @@ def place(models, judge, optimization, iterations, device, options, optimizers=N
     budgets = {name: options.pop(name, None) for name in ("device_budget", "host_budget")}
     manager = engine.Manager(**budgets)
 
+    if any(hasattr(models["actor"].model, head) for head in shared_base.HEADS.values()):
+        return _place_shared(models["actor"], judge, optimization, iterations, device, options, manager)
+
     def trained(name, lr):
         optimizer = (optimizers or {}).get(name) or _adamw(models[name].model, lr, optimization)
         model, optimizer = models[name].initialize(optimizer, device, options, manager)
@@ -155,13 +159,40 @@ def place(models, judge, optimization, iterations, device, options, optimizers=N
     }
 
 
+def _place_shared(unplaced, judge, optimization, iterations, device, options, manager):
+    """The same where one model has all roles (see `shared_base`): one optimizer, whose norm is clipped over actor and
+    critic together, and one scheduler."""
+    model, heads = unplaced.model, shared_base.HEADS
+    groups = _groups(shared_base.of_role(model, ADAPTER), optimization.lr, optimization.weight_decay)
+    has_critic, has_reward = (hasattr(model, heads[role]) for role in (shared_base.CRITIC, shared_base.REWARD))
+    if has_critic:
+        of_critic = shared_base.of_role(model, shared_base.CRITIC)
+        groups += _groups(of_critic, optimization.critic_lr, optimization.weight_decay)
+    model, optimizer = unplaced.initialize(_adamw_of(groups, optimization), device, options, manager)
+    warmup = round(optimization.warmup_ratio * iterations)
+    scheduler = get_scheduler(optimization.lr_scheduler_type, optimizer, warmup, iterations)
+    scores = {role: shared_base.AdapterScores(model, role) for role in heads}
+    return {
+        "actor": Trained(model, optimizer, scheduler),
+        "critic": Trained(scores[shared_base.CRITIC], optimizer, scheduler) if has_critic else None,
+        "reference": None,
+        "reward": scores[shared_base.REWARD] if has_reward else judge,
+        "score_statistics": unplaced.statistics,
+        "value_statistics": unplaced.statistics,
+    }
+
+
+def _groups(parameters, lr, weight_decay):
+    return [{**group, "lr": lr} for group in decay_groups(parameters, weight_decay) if group["params"]]
+
+
 def _adamw(model, lr, optimization):
-    return torch.optim.AdamW(
-        decay_groups(model, optimization.weight_decay),
-        lr=lr,
-        betas=(optimization.adam_beta1, optimization.adam_beta2),
-        eps=optimization.adam_epsilon,
-    )
+    return _adamw_of(_groups(model.parameters(), lr, optimization.weight_decay), optimization)
+
+
+def _adamw_of(groups, optimization):
+    betas = (optimization.adam_beta1, optimization.adam_beta2)
+    return torch.optim.AdamW(groups, betas=betas, eps=optimization.adam_epsilon)
 
 
 def plans(named, world_size, options):

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from .. import engine
-from . import checkpoints, ppo_models
+from . import checkpoints, ppo_models, shared_base
 from .arguments import resolved, write_config
 from .errors import InputError
 from .learner import Learner
+from .lora import save_adapter
 from .metrics import MetricsLog, memory_table, peak_memory_bytes
 from .prompts import next_prompts
 from .ptx import PtxStream
@@ -89,11 +90,17 @@ class RLRun:
         """Write the trained models in Hugging Face layout: actor/, critic/ and actor_ema/, as far as there are any."""
         self._log.close()
         self._samples_log.close()
-        for name, part in self.learner.parts.items():
+        for name, part in self.learner.engines.items():
             unplaced = self._preparation.models[name]
             save_model(
                 self._save_path / name, part.model, unplaced.source, self._options.lora, unplaced.plain, self.ranks
             )
+        if self.learner.critic is not None and "critic" not in self.learner.engines:
+            unplaced, folder = self._preparation.models["actor"], self._save_path / "critic"
+            given = {"adapter": shared_base.CRITIC, "head": shared_base.HEADS[shared_base.CRITIC]}
+            save_adapter(folder, self.learner.actor.model, unplaced.folder, self.ranks.is_first, **given)
+            if self.ranks.is_first:
+                unplaced.source.tokenizer.save_pretrained(folder)
         if self.learner.average is not None:
             folder = self._save_path / "actor_ema"
             weights = self.learner.average.whole_weights()
@@ -101,7 +108,7 @@ class RLRun:
             if self.ranks.is_first:
                 self._preparation.models["actor"].source.tokenizer.save_pretrained(folder)
         if self.ranks.is_first:
-            for name, part in self.learner.parts.items():
+            for name, part in self.learner.engines.items():
                 print(f"{name}:\n{memory_table(engine.memory_report(part.model))}")
             print(f"saved to {self._save_path}", flush=True)
 
@@ -142,14 +149,14 @@ def save(folder, learner, cursor, data_key):
         "learner": learner.state(),
         "cursor": list(cursor),
         "data": data_key,
-        "schedulers": {name: part.scheduler.state_dict() for name, part in learner.parts.items()},
+        "schedulers": {name: part.scheduler.state_dict() for name, part in learner.engines.items()},
         "average": None if learner.average is None else learner.average.state(),
     }
     partial = folder.with_name("saving")
     if learner.ranks.is_first:
         shutil.rmtree(partial, ignore_errors=True)  # left by an interrupted run
     dist.barrier()
-    for name, part in learner.parts.items():
+    for name, part in learner.engines.items():
         engine.save_checkpoint(partial / name, part.model, part.optimizer, state=state if name == "actor" else None)
     if learner.ranks.is_first:
         shutil.rmtree(folder, ignore_errors=True)
@@ -160,11 +167,11 @@ def save(folder, learner, cursor, data_key):
 def load(folder, learner, data_key):
     """Go on from what `save` wrote; returns the cursor into the prompts."""
     state = None
-    for name, part in reversed(learner.parts.items()):  # the actor's last: it restores the random generators
+    for name, part in reversed(learner.engines.items()):  # the actor's last: it restores the random generators
         state = engine.load_checkpoint(folder / name, part.model, part.optimizer)
     checkpoints.check_data(folder, state["data"], data_key)
     learner.load_state(state["learner"])
-    for name, part in learner.parts.items():
+    for name, part in learner.engines.items():
         checkpoints.restore_scheduler(part.scheduler, part.optimizer, state["schedulers"][name])
     if learner.average is not None:
         if state["average"] is None:

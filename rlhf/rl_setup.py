@@ -19,6 +19,7 @@ from .ppo_models import RLOptimization
 from .prompts import read_prompts
 from .rewards import http_reward, load_function
 from .rollout import RolloutArguments
+from .shared_base import statistics_of, with_scorers
 from .strategy import check_world_size, choose_device, engine_options
 from .train_sft import load_samples
 
@@ -58,6 +59,11 @@ class JudgeArguments:
         help="folder of a reward model",
     )
     reward_function: str | None = HfArg(default=None, help="FILE.py:FUNCTION with (prompts, completions, **columns)")
+    share_base: bool = HfArg(
+        default=False,
+        help="with --lora_rank: critic and reward model are adapters and heads on the actor's weights; --rm_path is an "
+        "adapter on --pretrain",
+    )
     reward_url: str | None = HfArg(default=None, aliases=["--remote_rm_url"], help="POST endpoint that gives 'rewards'")
 
     def __post_init__(self):
@@ -174,6 +180,13 @@ def unplaced_models(options):
         return found
 
     models = {"actor": ppo_models.unplaced_actor(source, checkpointing, lora_args, seed)}
+    if judge_args.share_base:
+        check_sharing(options)
+        rm_path, is_learned = judge_args.rm_path, options.critic is not None
+        shared = with_scorers(models["actor"], lora_args, seed, rm_path, judge_args.is_model, is_learned)
+        if normalize:
+            shared = replace(shared, statistics=statistics_of(rm_path))
+        return {"actor": shared}
     if options.critic is not None:
         critic_source = other(options.critic.critic_pretrain or judge_args.rm_path)
         models["critic"] = ppo_models.unplaced_critic(critic_source, checkpointing, lora_args, seed, normalize)
@@ -182,6 +195,18 @@ def unplaced_models(options):
     if judge_args.is_model:
         models["reward"] = ppo_models.unplaced_reward_model(other(judge_args.rm_path), normalize)
     return models
+
+
+def check_sharing(options):
+    """Raises InputError for what --share_base cannot be combined with."""
+    for name, is_given in (
+        ("lora_rank 0", not options.lora.lora_rank),
+        ("lora_merge", options.lora.lora_merge),
+        ("gradient_checkpointing", options.model.gradient_checkpointing),
+        ("critic_pretrain", options.critic is not None and options.critic.critic_pretrain),
+    ):
+        if is_given:
+            raise InputError(f"--share_base with --{name}: this cannot be combined")
 
 
 def _fingerprint(rows):

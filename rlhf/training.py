@@ -76,7 +76,7 @@ class TrainingRun:
 
         self._hooks = (Throughput(model, ranks.world_size), PeakMemory(preparation.device))
         optimizer = torch.optim.AdamW(
-            decay_groups(model, optim_args.weight_decay),
+            decay_groups(model.parameters(), optim_args.weight_decay),
             lr=optim_args.lr,
             betas=(optim_args.adam_beta1, optim_args.adam_beta2),
         )

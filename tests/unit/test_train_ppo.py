@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from megalith.rlhf import train_grpo, train_ppo
+from megalith.rlhf import train_grpo, train_ppo, train_rm
 from megalith.rlhf.errors import InputError
 from megalith.rlhf.prompts import next_prompts, read_prompts
 from megalith.rlhf.rewards import call_reward, http_reward, load_function
@@ -272,3 +272,64 @@ def test_bad_options_end_with_a_line(folder, others, message, capsys):
     with pytest.raises((SystemExit, ValueError)) as caught:
         train_ppo.main(command(folder, folder / "out", *others))
     assert message in capsys.readouterr().err + str(caught.value)
+
+
+def test_critic_and_reward_model_share_the_actors_base(folder, capsys, monkeypatch):
+    """The reward model is an adapter that `megalith rm` trained; its scores, and the critic's, are those that a model
+    of its own would give."""
+    train_ppo.main(command(folder, folder / "base", "--num_episodes", "1", "--max_timesteps", "1"))
+    base = str(folder / "base" / "actor")
+    pairs = [{"prompt": f"say {n}", "chosen": "yes " * n, "rejected": "no " * n} for n in range(1, 7)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    given = (
+        f"--pretrain {base} --dataset {folder}/pairs.jsonl --prompt_format plain --lora_rank 3 --lr 1e-2 --device cpu "
+    )
+    given += f"--batch_size 2 --accumulation_steps 1 --precision fp32 --tensorboard false --save_path {folder}/rm"
+    train_rm.main(given.split())
+    capsys.readouterr()
+    given = ["--lora_rank", "2", "--share_base", "--rm_path", str(folder / "rm"), "--missing_eos_penalty", "0"]
+    argv = command(folder, folder / "out", *given, "--save_interval", "2", "--lr", "0.01")
+    argv[argv.index("--pretrain") + 1] = base
+    genuine, seen = train_ppo.collect, []
+    monkeypatch.setattr(train_ppo, "collect", lambda *given: seen.append(genuine(*given)) or seen[-1])
+    train_ppo.main(argv)
+    printed = capsys.readouterr().out
+    assert "reference: " not in printed and "critic: " not in printed
+    rows = metrics(folder / "out")
+    assert rows[0]["objective/kl"] == 0 and rows[-1]["objective/kl"] != 0
+    from peft import PeftModel
+
+    statistics = json.loads((folder / "rm" / "score_statistics.json").read_text())
+    scorer = AutoModelForSequenceClassification.from_pretrained(base, local_files_only=True, num_labels=1)
+    scorer = PeftModel.from_pretrained(scorer, folder / "rm").eval().base_model.model
+    prompt, answer = seen[0].rollout.prompts[0].ids, seen[0].rollout.answers[0].ids
+    with torch.no_grad():
+        hidden = scorer.model(input_ids=torch.tensor([[*prompt, *answer]])).last_hidden_state
+        scores = scorer.score(hidden)[0, :, 0]
+    assert seen[0].scores[0].item() == pytest.approx(scores[-1].item(), abs=1e-4)
+    expected = (scores[len(prompt) - 1 : -1] - statistics["mean"]) / statistics["std"]
+    torch.testing.assert_close(seen[0].values[0, : len(answer)], expected, atol=1e-3, rtol=1e-3)
+    mean = rows[0]["objective/scores"]
+    assert rows[0]["objective/rlhf_reward"] == pytest.approx((mean - statistics["mean"]) / statistics["std"], abs=1e-5)
+    assert (folder / "out" / "critic" / "adapter_model.safetensors").is_file()
+    for part, family in (("actor", AutoModelForCausalLM), ("critic", AutoModelForSequenceClassification)):
+        others = {} if part == "actor" else {"num_labels": 1}
+        plain = family.from_pretrained(base, local_files_only=True, **others)
+        adapted = PeftModel.from_pretrained(plain, folder / "out" / part)
+        assert any(parameter.any() for name, parameter in adapted.named_parameters() if "lora_B" in name)
+
+    shutil.copytree(folder / "out", folder / "again", ignore=shutil.ignore_patterns("step-00000004", "actor", "critic"))
+    source = folder / "out" / "checkpoints" / "step-00000002" / "actor"
+    shutil.copytree(source, folder / "again" / "checkpoints" / "step-00000002" / "actor", dirs_exist_ok=True)
+    argv[argv.index("--save_path") + 1] = str(folder / "again")
+    train_ppo.main([*argv, "--resume"])
+    assert metrics(folder / "again") == rows
+
+    for others, message in (
+        (["--lora_merge"], "--share_base with --lora_merge"),
+        (["--rm_path", base], "is no adapter"),
+        (["--pretrain", "llama-tiny"], "is of the base"),
+    ):
+        with pytest.raises(SystemExit):
+            train_ppo.main([*argv, *others, "--save_path", str(folder / "other")])
+        assert message in capsys.readouterr().err
