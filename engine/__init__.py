@@ -8,22 +8,29 @@ from .nvme import NvmeError
 from .optimizer import ZeroOptimizer
 from .persistence import load_checkpoint, save_checkpoint, save_pretrained, whole_weights
 from .planner import Plan, plan
+from .rates import Rates, measure_rates
+from .rehearsal import Forecast
 from .shard import gathered, initialize, memory_report
-from .tiers import OutOfBudgetError
+from .tiers import OutOfBudgetError, Tier, Work
 
 __all__ = [
     "CheckpointError",
     "EngineConfig",
+    "Forecast",
     "Manager",
     "NvmeError",
     "OutOfBudgetError",
     "Plan",
     "Precision",
+    "Rates",
+    "Tier",
     "WeightAverage",
+    "Work",
     "ZeroOptimizer",
     "gathered",
     "initialize",
     "load_checkpoint",
+    "measure_rates",
     "memory_report",
     "plan",
     "save_checkpoint",

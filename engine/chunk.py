@@ -18,7 +18,7 @@ from .lanes import Event
 from .layout import ChunkSpec, Slot
 from .placement import ChunkPlacement, disk_name
 from .staging import Staging, alias
-from .tiers import Payload, Storage, Tier
+from .tiers import Payload, Storage, Tier, Work
 
 
 class ShardState(Enum):
@@ -123,6 +123,9 @@ class Chunk:
             return self._storage.zeros(tier, payload, numel, dtype)
         return self._storage.on_disk(payload, disk_name(self.name, payload), numel, dtype)
 
+    def did(self, work: Work, amount: int) -> None:
+        self._storage.ledger.did(work, amount)
+
     # Weights
 
     def holds(self, tensor: torch.Tensor) -> bool:
@@ -149,6 +152,8 @@ class Chunk:
         if not self.placement.sharded:
             return
         start, stop = self.placement.owned
+        if self.placement.weight_tier is not Tier.DEVICE:
+            self.did(Work.LINK_IN, self.weight.numel() * self.spec.dtype.itemsize)
         if isinstance(self.weight, DiskTensor):
             staging.read(self.weight, self.full.data[start:stop])
         else:

@@ -7,7 +7,7 @@ from .collectives import RankGroup, all_gather_
 from .gradients import ChunkGradient, GradientTraffic
 from .lanes import Event, Lane
 from .staging import Staging
-from .tiers import Tier
+from .tiers import Tier, Work
 
 
 class ChunkGroup:
@@ -113,6 +113,7 @@ class ChunkGroup:
                 for chunk in stale:
                     if self._shares(chunk):
                         all_gather_(chunk.full.data, self._group, chunk.index)
+                        chunk.did(Work.COLLECTIVE, self._group.received_bytes(chunk.full))
 
         self._event = self._lane.submit(work, label)
 

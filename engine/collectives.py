@@ -31,6 +31,10 @@ class RankGroup:
         """What a reduction of `full` needs beside its result: the other ranks' slices, which NCCL does not hand out."""
         return 0 if full.is_cuda or not self.is_distributed else full.numel() // self.world_size * (self.world_size - 1)
 
+    def received_bytes(self, full: torch.Tensor) -> int:
+        """By each rank, when `full` is gathered or reduced."""
+        return full.nbytes // self.world_size * (self.world_size - 1)
+
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's value, by rank."""
         values = [value]
@@ -91,7 +95,9 @@ def _exchange(sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor],
 
 def all_gather_(full: torch.Tensor, group: RankGroup, tag: int) -> None:
     """Fill `full` [numel] from every rank's own slice of it, in place. `tag` tells chunks apart: ranks that gather
-    different chunks wait for each other instead of mixing weights."""
+    different chunks wait for each other instead of mixing weights. Nothing on meta, as the others."""
+    if full.is_meta:
+        return
     slices = _slices(full, group.world_size)
     own = slices[group.rank]
     if full.is_cuda:
@@ -104,6 +110,8 @@ def all_gather_(full: torch.Tensor, group: RankGroup, tag: int) -> None:
 def reduce_scatter(full: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor, group: RankGroup, tag: int) -> None:
     """out [numel / world_size] = the sum over ranks of this rank's slice of `full` [numel]; 16-bit sums are taken in
     float32. `scratch` has `group.scratch_numel(full)` elements."""
+    if full.is_meta:
+        return
     slices = _slices(full, group.world_size)
     if full.is_cuda:
         dist.reduce_scatter_tensor(out, full, group=group.transfers)
@@ -118,6 +126,8 @@ def reduce_scatter(full: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor,
 def all_reduce(full: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor, group: RankGroup, tag: int) -> None:
     """out [numel] = the sum over ranks of `full` [numel]; both may be the same memory. `scratch` as for
     reduce_scatter."""
+    if full.is_meta:
+        return
     if full.is_cuda:
         if out.data_ptr() != full.data_ptr():
             out.copy_(full)
@@ -147,6 +157,8 @@ def sum_over_ranks(values: list[float], group: RankGroup) -> list[float]:
     """Host-side agreement on a few numbers, in float64. The same on every rank."""
     if not group.is_distributed:
         return values
+    if group.control is None:  # of a rehearsal: every rank would bring the same
+        return [value * group.world_size for value in values]
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor, group=group.control)
     return tensor.tolist()

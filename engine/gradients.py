@@ -24,7 +24,7 @@ from .disk_tensor import DiskTensor, in_memory
 from .lanes import Event, Lane
 from .layout import Slot
 from .staging import Staging
-from .tiers import BufferPool, Ledger, Payload, Tier
+from .tiers import BufferPool, Ledger, Payload, Tier, Work
 
 
 @dataclass
@@ -153,6 +153,10 @@ class ChunkGradient:
                 if self._traffic.group.is_distributed:
                     collective = all_reduce if in_place else reduce_scatter
                     collective(local, part, received, self._traffic.group, self.chunk.index)
+                    passes = 2 if in_place else 1
+                    self.chunk.did(Work.COLLECTIVE, passes * self._traffic.group.received_bytes(local))
+                if self._tier is not Tier.DEVICE:
+                    self.chunk.did(Work.LINK_OUT, part.nbytes)
                 if isinstance(target, DiskTensor):
                     summed = part if earlier is None else self._add_to_disk(earlier, part, total)
                     self._traffic.staging.write(summed, target)
@@ -269,6 +273,6 @@ class ChunkGradient:
             return slab
         if earlier is not None and earlier.dtype == torch.float32:
             return earlier
-        wide = torch.empty(slab.numel(), dtype=torch.float32)
+        wide = torch.empty(slab.numel(), dtype=torch.float32, device=slab.device)
         self._traffic.ledger.add(Tier.HOST, Payload.GRADIENT, wide.nbytes)
         return wide if earlier is None else wide.copy_(earlier)

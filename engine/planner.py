@@ -1,6 +1,8 @@
-"""What `initialize` would store where, computed from a model on meta by the run's own packing and placement."""
+"""What `initialize` would store where, and what a step would take, computed from a model on meta by the run's own
+packing, placement and schedule."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -12,13 +14,16 @@ from .config import EngineConfig
 from .layout import ChunkSpec, Layout, pack
 from .machine import read_machine
 from .placement import StoragePlan
+from .plan_table import forecast_lines
+from .rates import Rates
+from .rehearsal import Forecast, rehearse
 from .shard import layout_specs, optimizer_groups
 from .tiers import Payload, Tier
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The memory of one rank (rank 0; all ranks store the same). Activations are not counted."""
+    """The memory of one rank (rank 0; all ranks store the same), and what a step does."""
 
     config: EngineConfig
     layout: Layout
@@ -27,6 +32,8 @@ class Plan:
     """Whole weights of sharded chunks: a block that ends, the one that begins, and those that are prefetched."""
     gradient_peak_bytes: int
     """On the device, when the last gradient of a step has landed."""
+    forecast: Forecast | None
+    """Of a step; None where none was given."""
 
     @property
     def chunks(self) -> list[ChunkSpec]:
@@ -46,10 +53,26 @@ class Plan:
 
     @property
     def peak_bytes(self) -> dict[Tier, int]:
-        """At most stored at once by tier."""
+        """At most stored at once by tier, activations not counted; without a forecast, bounds."""
+        if self.forecast is not None:
+            return {Tier(tier): payloads["total"]["peak_bytes"] for tier, payloads in self.forecast.memory.items()}
         peaks = {tier: sum(payloads.values()) for tier, payloads in self.bytes_at_rest.items()}
         peaks[Tier.DEVICE] = peaks.get(Tier.DEVICE, 0) + self.gathered_peak_bytes + self.gradient_peak_bytes
         return peaks
+
+    def problems(self, room: dict[Tier, int]) -> list[str]:
+        """What does not fit into the bytes of `room`, one line each; a tier that is not named has room."""
+        needed = self.peak_bytes
+        activations = 0
+        if self.forecast is not None:
+            needed[Tier.DEVICE] = self.forecast.device_peak_bytes
+            activations = self.forecast.activation_peak_bytes
+        return [
+            f"{tier.value}: {needed[tier] / 1e9:,.2f} GB at most, and there are {nbytes / 1e9:,.2f} GB"
+            + (f" ({activations / 1e9:,.2f} GB are activations)" if tier is Tier.DEVICE and activations else "")
+            for tier, nbytes in room.items()
+            if needed.get(tier, 0) > nbytes
+        ]
 
     def __str__(self) -> str:
         config = self.config
@@ -68,6 +91,8 @@ class Plan:
         lines.append(f"{'device':8}{'gradient':14}{self.gradient_peak_bytes / 1e6:14,.1f}  at most, until the step")
         for tier, nbytes in self.peak_bytes.items():
             lines.append(f"{tier.value:8}{'peak':14}{nbytes / 1e6:14,.1f}  without activations")
+        if self.forecast is not None:
+            lines += forecast_lines(self.forecast)
         return "\n".join(lines)
 
 
@@ -77,11 +102,23 @@ def plan(
     *,
     world_size: int = 1,
     accumulation_steps: int = 1,
+    step: Callable[[nn.Module], torch.Tensor] | None = None,
+    rates: Rates | None = None,
+    on_gpu: bool | None = None,
     **options,
 ) -> Plan:
     """What each of `world_size` ranks stores when `model` (on meta or not; it is only read) is given to `initialize`
-    with the same options. Without `optimizer`, trainable parameters count as one optimizer group. Raises as
-    `initialize` does for wrong options."""
+    with the same options. Without `optimizer`, trainable parameters count as one optimizer group.
+
+    `step` makes it a rehearsal: a function from the model, here a copy on meta, to the loss of a micro-batch of inputs
+    on meta. It is trained for some steps, and `forecast` tells peaks by tier, payload and moment, activations, bytes
+    moved, and with `rates` the time of a step. `on_gpu`: whether the planned machine has one (None: whether this does).
+
+    Raises as `initialize` does for wrong options and budgets, RuntimeError for a model that needs data on its way, and
+    ValueError where `rates` lack what the plan does.
+    """
+    if rates is not None and step is None:
+        raise ValueError("rates are given, but no step: nothing is timed without one")
     if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
         raise ValueError(f"world_size={world_size!r}: must be a whole number of ranks, at least 1")
     if isinstance(accumulation_steps, bool) or not isinstance(accumulation_steps, int) or accumulation_steps < 1:
@@ -94,13 +131,29 @@ def plan(
     parts = find_parts(model, config.max_chunk_numel)
     layout = pack(layout_specs(model, parts, group_of, config), world_size, config.max_chunk_numel)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    storage_plan = plan_storage(layout, config, 0, world_size, read_machine(device, RankGroup(0, 1, None, None)))
+    machine = read_machine(device, RankGroup(0, 1, None, None))
+    if on_gpu is not None:
+        machine = replace(machine, on_gpu=on_gpu)
+    storage_plan = plan_storage(layout, config, 0, world_size, machine)
+    forecast = None
+    if step is not None:
+        forecast = rehearse(
+            model,
+            optimizer,
+            step,
+            options,
+            world_size=world_size,
+            accumulation_steps=accumulation_steps,
+            machine=machine,
+            rates=rates,
+        )
     return Plan(
         config,
         layout,
         {tier: dict(payloads) for tier, payloads in storage_plan.at_rest().items()},
         _gathered_peak(storage_plan, config),
         gradient_peak(layout, storage_plan.placements, config, accumulation_steps),
+        forecast,
     )
 
 

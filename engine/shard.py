@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 from zlib import crc32
 
 import torch
@@ -129,28 +129,70 @@ def initialize(
         return PretrainedFolder(path, model, allow_missing=allow_missing, stored_name=stored_name)
 
     try:
-        prepared = _prepare(model, optimizer, open_folder, options, rank_group, machine, manager)
+        prepared = prepare(model, optimizer, open_folder, options, rank_group, machine, manager)
     except Exception as caught:
         error = caught
     rank_group.barrier(error)
     config, folder, parts, storage_plan = prepared
-    layout, placements = storage_plan.layout, storage_plan.placements
-    _check_same_model(model, folder, layout, config, rank_group)
+    _check_same_model(model, folder, storage_plan.layout, config, rank_group)
     store = _open_store(storage_plan, config, rank_group, lane_delay)
+    ground = Ground(
+        device,
+        rank_group,
+        Ledger(manager.ledger),
+        store,
+        lambda name, waits_for_host: make_lane(name, device, lane_delay, waits_for_host),
+    )
+    loader = _WeightLoader(model, folder, config, rank_group, device)
+    engine = assemble(model, optimizer, config, parts, storage_plan, ground, loader, manager)
+    return model, engine.optimizer
 
-    ledger = Ledger(manager.ledger)
-    storage = Storage(device, ledger, store)
+
+@dataclass(frozen=True)
+class Ground:
+    """What an engine stands on: memory, ranks, drive and lanes. A rehearsal has one of its own, on which nothing is
+    stored or moved."""
+
+    device: torch.device
+    rank_group: RankGroup
+    ledger: Ledger
+    store: NvmeStore | None
+    make_lane: Callable[[str, bool], Lane]
+    """Of a name, and whether its work waits for events of threads."""
+
+
+class Loader(Protocol):
+    """Fills the chunks of each group in turn, which are whole then, and makes the model's parameters views of them."""
+
+    def load(self, chunks: list[Chunk]) -> None: ...
+
+    def load_buffers(self) -> None: ...
+
+
+def assemble(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    config: EngineConfig,
+    parts: ModelParts,
+    storage_plan: StoragePlan,
+    ground: Ground,
+    loader: Loader,
+    manager: Manager,
+) -> Engine:
+    """Store, shard and hook up a model, as planned."""
+    layout, placements = storage_plan.layout, storage_plan.placements
+    device, rank_group, ledger = ground.device, ground.rank_group, ground.ledger
+    storage = Storage(device, ledger, ground.store)
     storage.reserve_host(storage_plan.slab_bytes)
     if storage_plan.uses_disk:
         ledger.add(Tier.HOST, Payload.STAGING, storage_plan.staging_bytes)
-    lanes = _make_lanes(device, lane_delay, placements, rank_group)
+    lanes = _make_lanes(ground.make_lane, placements, rank_group)
     staging_bytes = WEIGHT_STAGING_BYTES if storage_plan.uses_disk else 0
     traffic = GradientTraffic(
         rank_group, lanes.transfers, BufferPool(storage, Payload.GRADIENT), ledger, Staging(device, staging_bytes)
     )
     weight_staging = Staging(device, staging_bytes)
 
-    loader = _WeightLoader(model, folder, config, rank_group, device)
     groups: list[ChunkGroup] = []
     chunk_index = 0
     for group_index, group_spec in enumerate(layout.groups):
@@ -181,15 +223,15 @@ def initialize(
             stream = UpdateStream(
                 storage_plan.piece_numel,
                 ring_itemsizes(config, device.type == "cuda"),
-                pin=device.type == "cuda",
+                device,
                 weights_at_hand=config.update_in_backward,
             )
         zero_optimizer = ZeroOptimizer(optimizer, groups, schedule, rank_group, config, model, lanes.updates, stream)
     engine = Engine(model, zero_optimizer, config, layout, groups, schedule, rank_group, ledger)
     for module in model.modules():
         module.__dict__[_ENGINE_ATTRIBUTE] = engine
-    weakref.finalize(model, _close, lanes, store, ledger)
-    return model, zero_optimizer
+    weakref.finalize(model, _close, lanes, ground.store, ledger)
+    return engine
 
 
 @contextmanager
@@ -214,7 +256,7 @@ def memory_report(model: nn.Module) -> dict[str, dict[str, dict[str, int]]]:
 # The steps of initialize
 
 
-def _prepare(
+def prepare(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
     open_folder: Callable[[], PretrainedFolder | None],
@@ -377,18 +419,13 @@ class Lanes:
     """The step of chunks whose state is offloaded."""
 
 
-def _make_lanes(
-    device: torch.device,
-    delay: Callable[[], float] | None,
-    placements: list[ChunkPlacement],
-    rank_group: RankGroup,
-) -> Lanes:
+def _make_lanes(make: Callable[[str, bool], Lane], placements: list[ChunkPlacement], rank_group: RankGroup) -> Lanes:
     fetches = any(placement.weight_tier is not Tier.DEVICE for placement in placements)
     updates = any(placement.optimizer_tier is not Tier.DEVICE for placement in placements)
     on_disk = any(placement.weight_tier is Tier.NVME for placement in placements)
 
     def lane(name: str, needed: bool) -> Lane:
-        return make_lane(name, device, delay, waits_for_host=updates or on_disk) if needed else InlineLane(name)
+        return make(name, updates or on_disk) if needed else InlineLane(name)
 
     return Lanes(
         lane("transfers", rank_group.is_distributed or fetches or updates),
@@ -432,7 +469,7 @@ class _WeightLoader:
                 self._broadcast(values)
             chunk.load_full(values)
             for fqn in views:
-                self._bind(fqn, chunk.views[fqn])
+                bind(self._model, fqn, chunk.views[fqn])
 
     def load_buffers(self) -> None:
         if self._folder is not None:
@@ -464,18 +501,20 @@ class _WeightLoader:
         values[spec.used_numel :].zero_()
         return values, {slot.fqn: values[slot.offset_numel : slot.stop_numel].view(slot.shape) for slot in spec.slots}
 
-    def _bind(self, fqn: str, view: torch.Tensor) -> None:
-        parameter = self._model.get_parameter(fqn)
-        if parameter.is_meta:
-            # A meta tensor cannot take real storage. The swap keeps the object, which the optimizer's groups hold.
-            torch.utils.swap_tensors(parameter, nn.Parameter(view, requires_grad=parameter.requires_grad))
-        else:
-            parameter.data = view
-        parameter.grad = None
-
     def _broadcast(self, values: torch.Tensor) -> None:
         if self._rank_group.is_distributed and values.numel():
             dist.broadcast(values, group_src=0, group=self._rank_group.transfers)
+
+
+def bind(model: nn.Module, fqn: str, view: torch.Tensor) -> None:
+    """Make a parameter a view of its chunk."""
+    parameter = model.get_parameter(fqn)
+    if parameter.is_meta:
+        # A meta tensor cannot take real storage. The swap keeps the object, which the optimizer's groups hold.
+        torch.utils.swap_tensors(parameter, nn.Parameter(view, requires_grad=parameter.requires_grad))
+    else:
+        parameter.data = view
+    parameter.grad = None
 
 
 def _register_hooks(

@@ -19,7 +19,7 @@ class Staging:
         self._piece_bytes = nbytes // 2
         self._buffers: list[torch.Tensor] = []
         if self.nbytes:
-            slab = HostSlab(nbytes, pin=True)
+            slab = HostSlab(nbytes, device)
             self._buffers = [slab.take(self._piece_bytes, torch.uint8) for _ in range(2)]
 
     def read(self, source: DiskTensor, out: torch.Tensor) -> None:
@@ -59,5 +59,7 @@ class Staging:
 def alias(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory under a storage of its own: numpy, through which the drive writes, would forbid for good to
     resize that of a chunk."""
+    if tensor.is_meta:
+        return tensor
     memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
     return torch.frombuffer(memory, dtype=tensor.dtype)

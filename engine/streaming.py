@@ -16,7 +16,7 @@ from .disk_tensor import DiskTensor
 from .lanes import Event
 from .nvme import Handle
 from .streaming_sizes import SLOTS, ring_bytes_of
-from .tiers import HostSlab
+from .tiers import HostSlab, Work
 from .update import PAYLOADS, ChunkUpdate, Run, adam_runs
 
 
@@ -60,12 +60,12 @@ Source = ChunkUpdate | Chunk
 class UpdateStream:
     """Belongs to the lane of the updates."""
 
-    def __init__(self, piece_numel: int, itemsizes: dict[str, int], pin: bool, weights_at_hand: bool) -> None:
+    def __init__(self, piece_numel: int, itemsizes: dict[str, int], device: torch.device, weights_at_hand: bool) -> None:
         """`itemsizes`: of what goes through the ring (`slot_itemsizes`). `weights_at_hand`: updates come with those
         that are at rest on a drive."""
         self._weights_at_hand = weights_at_hand
         self._piece_numel = piece_numel
-        slab = HostSlab(ring_bytes_of(piece_numel, itemsizes), pin)
+        slab = HostSlab(ring_bytes_of(piece_numel, itemsizes), device)
         self._slots = deque(
             Slot({payload: slab.take(itemsize * piece_numel, torch.uint8) for payload, itemsize in itemsizes.items()})
             for _ in range(SLOTS)
@@ -167,6 +167,7 @@ class UpdateStream:
             if isinstance(values, torch.Tensor) and values.is_cuda:
                 tensors[payload].copy_(values.detach()[piece.part])
         runs = [replace(run, gradient=self._in_host_memory(piece, run)) for run in runs]
+        chunk.did(Work.HOST_ADAM, sum(run.stop - run.start for run in runs))
         with torch.profiler.record_function(f"megalith::adam {chunk.name}"):
             adam_runs(tensors, piece.start, runs, update)
         for payload, updated in tensors.items():

@@ -1,4 +1,4 @@
-"""Tiers of memory, the ledger of what is stored on each, and the host's slabs."""
+"""Tiers of memory, the ledger of what is stored on each and of what is moved, and the host's slabs."""
 
 import mmap
 import threading
@@ -39,13 +39,29 @@ class Payload(Enum):
     __hash__ = object.__hash__
 
 
+class Work(Enum):
+    """What takes time beside the model's own computation: moves in bytes, Adam in parameters."""
+
+    LINK_IN = "link in"
+    """From the host to the device."""
+    LINK_OUT = "link out"
+    DISK_READ = "disk read"
+    DISK_WRITE = "disk write"
+    COLLECTIVE = "collective"
+    """What this rank receives."""
+    HOST_ADAM = "host Adam"
+    DEVICE_ADAM = "device Adam"
+
+    __hash__ = object.__hash__
+
+
 class OutOfBudgetError(MemoryError):
     """A tier's budget does not hold what must be stored on it; the message has both byte counts."""
 
 
 class Ledger:
     """Bytes stored by tier and payload, now and at most. Counts what the engine allocates, to the byte. Lanes enter
-    what they free."""
+    what they free, and the work that they did."""
 
     def __init__(self, of_all: "Ledger | None" = None) -> None:
         """`of_all`: one in which everything is entered too."""
@@ -55,6 +71,14 @@ class Ledger:
         self._peak: Counter[tuple[Tier, Payload]] = Counter()
         self._tier_now: Counter[Tier] = Counter()
         self._tier_peak: Counter[Tier] = Counter()
+        self.work: Counter[Work] = Counter()
+        """All that was done so far."""
+
+    def did(self, work: Work, amount: int) -> None:
+        with self._lock:
+            self.work[work] += amount
+        if self._of_all is not None:
+            self._of_all.did(work, amount)
 
     def add(self, tier: Tier, payload: Payload, nbytes: int) -> None:
         """`nbytes` is negative when storage is freed. Raises RuntimeError when more is freed than was stored."""
@@ -98,21 +122,25 @@ class Ledger:
 
 
 class HostSlab:
-    """One exact allocation that pieces are cut from, page-locked when the device is a GPU.
+    """One exact allocation that pieces are cut from, page-locked when the engine's device is a GPU, and without any
+    memory when that is meta.
 
     Exact, because torch's pinned allocator rounds every block up to a power of two; one, because page-locking costs
     milliseconds a call. The pages are anonymous memory that the system zeroes.
     """
 
-    def __init__(self, nbytes: int, pin: bool) -> None:
+    def __init__(self, nbytes: int, device: torch.device) -> None:
         self.nbytes = nbytes
         self._taken_bytes = 0
+        if device.type == "meta":
+            self._bytes = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            return
         # Private: a child that is forked must not write into our weights. mmap's default shares.
         pages = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):  # on Linux: a step reads all of it, and a page of 4 KB is a miss each
             pages.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = torch.frombuffer(pages, dtype=torch.uint8)
-        if pin:
+        if device.type == "cuda":
             cudart = torch.cuda.cudart()
             pointer = self._bytes.data_ptr()
             error = cudart.cudaHostRegister(pointer, nbytes, 0)
@@ -147,13 +175,13 @@ class Storage:
     def reserve_host(self, nbytes: int) -> None:
         """Called once, before the first host payload is taken."""
         if nbytes:
-            self._slab = HostSlab(nbytes, pin=self.device.type == "cuda")
+            self._slab = HostSlab(nbytes, self.device)
 
     def zeros(self, tier: Tier, payload: Payload, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """A 1-D payload that lives as long as the engine."""
         if tier is Tier.DEVICE and self.device.type == "cpu":
             # Pages of their own: blocks that stay, among malloc's short-lived ones, would leave holes between them.
-            tensor = HostSlab(numel * dtype.itemsize, pin=False).take(numel, dtype)
+            tensor = HostSlab(numel * dtype.itemsize, self.device).take(numel, dtype)
         elif tier is Tier.DEVICE:
             tensor = torch.zeros(numel, dtype=dtype, device=self.device)
         elif tier is Tier.HOST and self._slab is not None:

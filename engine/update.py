@@ -14,6 +14,7 @@ import torch
 from ..kernels import AdamHyper, fused_adam_
 from .chunk import Chunk
 from .disk_tensor import DiskTensor
+from .tiers import Tier, Work
 
 PAYLOADS = ("weight", "remainder", "master", "exp_avg", "exp_avg_sq")
 """Of a chunk, what an update reads and writes."""
@@ -78,6 +79,11 @@ def execute(update: ChunkUpdate) -> None:
     chunk = update.chunk
     weight = chunk.weight.data.to(chunk.exp_avg.device)  # the same tensor where weight and state are on one device
     tensors = {payload: getattr(chunk, payload) for payload in PAYLOADS} | {"weight": weight}
+    on_device = chunk.placement.optimizer_tier is Tier.DEVICE
+    chunk.did(Work.DEVICE_ADAM if on_device else Work.HOST_ADAM, sum(run.stop - run.start for run in update.runs))
+    if not on_device and chunk.placement.weight_tier is Tier.DEVICE:
+        chunk.did(Work.LINK_OUT, chunk.weight.nbytes)
+        chunk.did(Work.LINK_IN, chunk.weight.nbytes)
     with torch.profiler.record_function(f"megalith::adam {chunk.name}"):
         adam_runs(tensors, 0, [run.on(chunk.exp_avg.device) for run in update.runs], update)
     if weight.data_ptr() != chunk.weight.data_ptr():

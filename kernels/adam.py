@@ -40,11 +40,12 @@ def fused_adam_(
     is written. On CUDA both are read by the kernel, so that the host never waits.
 
     The result has the same bits on every device, with any number of threads, and however the shard was cut (with codes,
-    at multiples of their blocks). Raises ValueError that names the tensor of a wrong dtype, shape, device or layout.
+    at multiples of their blocks). Tensors on meta are checked, and nothing is done. Raises ValueError that names
+    the tensor of a wrong dtype, shape, device or layout.
     """
     tensors = AdamTensors(weight, grad, exp_avg, exp_avg_sq, remainder, master, scales)
     _check(tensors, factor, found_inf)
-    if weight.numel() == 0:
+    if weight.numel() == 0 or weight.is_meta:
         return
     if weight.device.type == "cpu":
         cpu_adam_(tensors, hyper, factor, found_inf)
@@ -58,7 +59,7 @@ def fused_adam_(
 
 def _check(tensors: AdamTensors, factor: Tensor, found_inf: Tensor) -> None:
     weight = tensors.weight
-    if weight.device.type not in ("cpu", "cuda"):
+    if weight.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"weight is on {weight.device}, but the fused Adam runs on cpu and cuda")
     if tensors.remainder is not None and tensors.master is not None:
         raise ValueError("remainder and master are both given: pass the remainder of a split master or a whole master")

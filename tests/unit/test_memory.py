@@ -191,7 +191,7 @@ def test_a_slab_asks_for_huge_pages():
 
 
 def test_a_host_slab_is_exact():
-    slab = HostSlab(256, pin=False)
+    slab = HostSlab(256, torch.device("cpu"))
     first, second = slab.take(32, torch.float32), slab.take(64, torch.int16)
     assert first.data_ptr() + 128 == second.data_ptr()
     assert not first.any() and not second.any()
