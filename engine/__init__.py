@@ -2,7 +2,7 @@
 
 from .average import WeightAverage
 from .checkpoint import CheckpointError
-from .config import EngineConfig, Precision
+from .config import EngineConfig, Precision, parse_bytes
 from .manager import Manager
 from .nvme import NvmeError
 from .optimizer import ZeroOptimizer
@@ -32,6 +32,7 @@ __all__ = [
     "load_checkpoint",
     "measure_rates",
     "memory_report",
+    "parse_bytes",
     "plan",
     "save_checkpoint",
     "save_pretrained",

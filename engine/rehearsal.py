@@ -172,8 +172,8 @@ class SimulatedGroup(RankGroup):
 class Observer(Ledger):
     """A ledger that follows the clocks and the activations too."""
 
-    def __init__(self, clocks: Clocks, rates: Rates | None) -> None:
-        super().__init__()
+    def __init__(self, clocks: Clocks, rates: Rates | None, of_all: Ledger) -> None:
+        super().__init__(of_all)
         self._clocks = clocks
         self._rates = rates
         self._other_bytes = 0  # of all that is not a chunk's
@@ -395,11 +395,11 @@ def rehearse(
 ) -> Forecast:
     """Some steps of training, or without anything to train some passes, of a copy of `model` on meta."""
     clocks = Clocks()
-    ledger = Observer(clocks, rates)
+    manager = Manager()
+    ledger = Observer(clocks, rates, manager.ledger)
     group = SimulatedGroup(0, world_size, None, None, machine.on_gpu)
     on_meta = meta_copy(model)
     ours = meta_optimizer(model, optimizer, on_meta)
-    manager = Manager()
     config, _, parts, storage_plan = prepare(on_meta, ours, lambda: None, options, group, machine, manager)
     store = SimulatedStore(clocks, ledger) if storage_plan.uses_disk else None
     ground = Ground(torch.device("meta"), group, ledger, store, lambda name, _: SimulatedLane(name, clocks))

@@ -20,6 +20,7 @@ STAGES = {
     "sft": ("train_sft", "supervised fine-tuning on instructions or conversations"),
     "grpo": ("train_grpo", "reinforcement learning without a critic, from several answers to each prompt"),
     "ppo": ("train_ppo", "reinforcement learning from a reward model, a function or a server"),
+    "plan": ("plan", "memory by tier, traffic and time of a step, here or on a machine elsewhere, without running it"),
     "serve": ("server", "a model behind OpenAI's API and a chat page"),
     "chat": ("chat", "a conversation in the terminal"),
     "quantize": ("quantize", "4-bit weights by GPTQ"),

@@ -71,6 +71,7 @@ PRESETS = {
     "opt-1.3b": lambda: _opt(2048, 24, 32),
     "opt-2.7b": lambda: _opt(2560, 32, 32),
     "opt-6.7b": lambda: _opt(4096, 32, 32),
+    "opt-175b": lambda: _opt(12288, 96, 96),
     "bloom-560m": lambda: _bloom(1024, 24, 16),
     "bloom-1b7": lambda: _bloom(2048, 24, 16),
     "bloom-7b1": lambda: _bloom(4096, 30, 32),

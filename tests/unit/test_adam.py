@@ -218,10 +218,11 @@ def test_a_wrong_tensor_is_named(form, changes, message):
         fused_adam_(**arguments, hyper=ADAMW)
 
 
-def test_an_unsupported_device_is_named():
-    tensors = (torch.zeros(5, device="meta") for _ in range(4))
-    with pytest.raises(ValueError, match="weight is on meta"):
+def test_on_meta_tensors_are_checked_and_nothing_is_done():
+    tensors = [torch.zeros(5, device="meta") for _ in range(4)]
+    with pytest.raises(ValueError, match="factor is on cpu, but the weight on meta"):
         fused_adam_(*tensors, ADAMW, factor=ONE, found_inf=ZERO)
+    fused_adam_(*tensors, ADAMW, factor=ONE.to("meta"), found_inf=ZERO.to("meta"))
 
 
 @pytest.mark.parametrize(
