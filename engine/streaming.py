@@ -60,7 +60,9 @@ Source = ChunkUpdate | Chunk
 class UpdateStream:
     """Belongs to the lane of the updates."""
 
-    def __init__(self, piece_numel: int, itemsizes: dict[str, int], device: torch.device, weights_at_hand: bool) -> None:
+    def __init__(
+        self, piece_numel: int, itemsizes: dict[str, int], device: torch.device, weights_at_hand: bool
+    ) -> None:
         """`itemsizes`: of what goes through the ring (`slot_itemsizes`). `weights_at_hand`: updates come with those
         that are at rest on a drive."""
         self._weights_at_hand = weights_at_hand
