@@ -2,7 +2,7 @@
 
 from .average import WeightAverage
 from .checkpoint import CheckpointError
-from .config import EngineConfig, Precision, parse_bytes
+from .config import EngineConfig, Precision, StatePrecision, parse_bytes
 from .manager import Manager
 from .nvme import NvmeError
 from .optimizer import ZeroOptimizer
@@ -23,6 +23,7 @@ __all__ = [
     "Plan",
     "Precision",
     "Rates",
+    "StatePrecision",
     "Tier",
     "WeightAverage",
     "Work",

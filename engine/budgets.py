@@ -5,7 +5,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
-from .config import EngineConfig, Precision
+from .config import EngineConfig, Precision, StatePrecision
 from .layout import ChunkSpec, Layout
 from .placement import (
     STORE_RING_BYTES,
@@ -129,7 +129,8 @@ def _with_staging_and_gradients(
 
 def ring_itemsizes(config: EngineConfig, on_gpu: bool) -> dict[str, int]:
     """Of the ring that streams updates."""
-    return slot_itemsizes(Precision(config.precision), at_hand=config.update_in_backward and not on_gpu)
+    at_hand = config.update_in_backward and not on_gpu
+    return slot_itemsizes(Precision(config.precision), StatePrecision(config.state_precision), at_hand)
 
 
 def _gradients_to_host(specs: list[ChunkSpec], placements: list[ChunkPlacement], room: int) -> list[ChunkPlacement]:

@@ -11,8 +11,16 @@ from enum import Enum
 
 import torch
 
-from ..kernels import join_master, split_master
-from .config import Precision
+from ..kernels import (
+    CODE_BLOCK_NUMEL,
+    CODE_DTYPES,
+    decode_moment,
+    encode_moment,
+    join_master,
+    scales_numel,
+    split_master,
+)
+from .config import Precision, StatePrecision
 from .disk_tensor import DiskTensor, in_memory
 from .lanes import Event
 from .layout import ChunkSpec, Slot
@@ -58,6 +66,15 @@ def _owned_slots(spec: ChunkSpec, placement: ChunkPlacement) -> tuple[OwnedSlot,
     return tuple(result)
 
 
+def payload_part(payload: str, start: int, stop: int) -> slice:
+    """Where a payload has what belongs to the owned elements [start, stop), `start` being a multiple of the blocks that
+    share scales."""
+    if payload != "scales":
+        return slice(start, stop)
+    first = start // CODE_BLOCK_NUMEL * 2
+    return slice(first, first + scales_numel(stop - start))
+
+
 class Chunk:
     def __init__(self, name: str, index: int, spec: ChunkSpec, placement: ChunkPlacement, storage: Storage) -> None:
         self.name = name
@@ -86,8 +103,9 @@ class Chunk:
             self.weight = self.full[start:stop]
         self.remainder: torch.Tensor | DiskTensor | None = None  # int16, bf16 only
         self.master: torch.Tensor | DiskTensor | None = None  # float32, fp16 only
-        self.exp_avg: torch.Tensor | DiskTensor | None = None  # float32
-        self.exp_avg_sq: torch.Tensor | DiskTensor | None = None  # float32
+        self.exp_avg: torch.Tensor | DiskTensor | None = None  # float32, or int8 codes
+        self.exp_avg_sq: torch.Tensor | DiskTensor | None = None  # float32, or uint8 codes
+        self.scales: torch.Tensor | DiskTensor | None = None  # of codes: float32 [scales_numel(owned_numel)]
         self.version = 0
         """Of weight and state at rest: what was read of an older one is void."""
         self.rest_grad: torch.Tensor | DiskTensor | None = None
@@ -110,15 +128,21 @@ class Chunk:
             self.remainder = self._zeros(tier, Payload.MASTER, torch.int16)
         if self.placement.precision is Precision.FP16:
             self.master = self._zeros(tier, Payload.MASTER, torch.float32)
-        self.exp_avg = self._zeros(tier, Payload.EXP_AVG, torch.float32)
-        self.exp_avg_sq = self._zeros(tier, Payload.EXP_AVG_SQ, torch.float32)
+        dtypes = dict.fromkeys(CODE_DTYPES, torch.float32)
+        if self.placement.state_precision is StatePrecision.EIGHT_BIT:
+            dtypes = CODE_DTYPES
+            self.scales = self._zeros(tier, Payload.SCALES, torch.float32, scales_numel(self.placement.owned_numel))
+        self.exp_avg = self._zeros(tier, Payload.EXP_AVG, dtypes["exp_avg"])
+        self.exp_avg_sq = self._zeros(tier, Payload.EXP_AVG_SQ, dtypes["exp_avg_sq"])
         if self.placement.gradient_tier is Tier.HOST:
             self.rest_grad = self._zeros(Tier.HOST, Payload.GRADIENT, self.spec.dtype)
         elif self.placement.gradient_tier is Tier.NVME:
             self.rest_grad = self._zeros(Tier.NVME, Payload.GRADIENT, torch.float32)
 
-    def _zeros(self, tier: Tier, payload: Payload, dtype: torch.dtype) -> torch.Tensor | DiskTensor:
-        numel = self.placement.owned_numel
+    def _zeros(
+        self, tier: Tier, payload: Payload, dtype: torch.dtype, numel: int | None = None
+    ) -> torch.Tensor | DiskTensor:
+        numel = self.placement.owned_numel if numel is None else numel
         if tier is not Tier.NVME:
             return self._storage.zeros(tier, payload, numel, dtype)
         return self._storage.on_disk(payload, disk_name(self.name, payload), numel, dtype)
@@ -200,15 +224,28 @@ class Chunk:
             remainder.copy_(low)
 
     def load_moment(self, payload: str, values: torch.Tensor, part: slice) -> None:
-        """Take "exp_avg" or "exp_avg_sq" of the owned elements in `part`."""
+        """Take "exp_avg" or "exp_avg_sq" of the owned elements in `part`, which begins a parameter's blocks of
+        scales."""
         self.settle()
         self.version += 1
-        getattr(self, payload)[part].copy_(values)
+        moment = getattr(self, payload)[part]
+        if self.scales is None:
+            moment.copy_(values)
+            return
+        own_scales = self.scales[payload_part("scales", *part.indices(self.placement.owned_numel)[:2])]
+        codes, scales = torch.empty(values.numel(), dtype=moment.dtype), in_memory(own_scales).cpu().clone()
+        encode_moment(values.cpu().float(), payload, codes, scales)
+        moment.copy_(codes)
+        own_scales.copy_(scales)
 
     def values_of(self, payload: str, part: slice) -> torch.Tensor:
-        """The owned elements in `part` of "weight", "master" (float32, full precision), "exp_avg" or "exp_avg_sq"; what
-        is on a drive is read."""
+        """The owned elements in `part` of "weight", "master" (float32, full precision), "exp_avg" or "exp_avg_sq"
+        (float32 of moments in codes, whose `part` begins a block); what is on a drive is read."""
         self.settle()
+        if self.scales is not None and payload in CODE_DTYPES:
+            start, stop, _ = part.indices(self.placement.owned_numel)
+            own_scales = in_memory(self.scales[payload_part("scales", start, stop)])
+            return decode_moment(in_memory(getattr(self, payload)[part]), payload, own_scales)
         if payload != "master":
             return in_memory(getattr(self, payload)[part])
         if self.remainder is not None:

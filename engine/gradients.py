@@ -252,7 +252,8 @@ class ChunkGradient:
         for slot in self.chunk.spec.slots:
             if slot.fqn not in self._landed:
                 local[slot.offset_numel : slot.stop_numel].zero_()
-        local[self.chunk.spec.used_numel :].zero_()  # padding counts in no norm
+        for padding in self.chunk.spec.padding():
+            local[padding].zero_()  # it counts in no norm
         self._local = None
         self._landed = set()
         return local

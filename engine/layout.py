@@ -5,7 +5,8 @@ parameter's place in it. A *group* is the chunks of one block, gathered together
 optimizer group are neighbours, so that an optimizer step is one kernel launch a chunk and optimizer group.
 
 Chunks are as long as what they hold, rounded up so that every rank's shard starts aligned: repeated blocks get chunks
-of equal size because they hold equal parameters, and padding is the rounding alone.
+of equal size because they hold equal parameters, and padding is the rounding alone. Where optimizer state is stored in
+blocks of elements, trainable slots and shards start at multiples of such a block too.
 """
 
 from collections.abc import Iterable, Sequence
@@ -53,12 +54,22 @@ class ChunkSpec:
     dtype: torch.dtype
     trainable: bool
     numel: int
-    """Capacity: used_numel rounded up to a multiple of world_size * ALIGNMENT_NUMEL."""
+    """Capacity: used_numel rounded up to a multiple of world_size * ALIGNMENT_NUMEL, or of a larger alignment."""
     slots: tuple[Slot, ...]
 
     @property
     def used_numel(self) -> int:
         return self.slots[-1].stop_numel
+
+    @property
+    def param_numel(self) -> int:
+        return sum(slot.numel for slot in self.slots)
+
+    def padding(self) -> list[slice]:
+        """The elements that belong to no parameter: between slots and after the last."""
+        stops = [slot.stop_numel for slot in self.slots]
+        starts = [slot.offset_numel for slot in self.slots[1:]] + [self.numel]
+        return [slice(stop, start) for stop, start in zip(stops, starts, strict=True) if stop < start]
 
     @property
     def nbytes(self) -> int:
@@ -88,7 +99,7 @@ class Layout:
 
     @property
     def param_numel(self) -> int:
-        return sum(chunk.used_numel for chunk in self.chunks)
+        return sum(chunk.param_numel for chunk in self.chunks)
 
     @property
     def stored_numel(self) -> int:
@@ -104,17 +115,22 @@ def round_up(numel: int, multiple: int) -> int:
     return -(-numel // multiple) * multiple
 
 
-def pack_chunk(specs: Sequence[ParamSpec], world_size: int) -> ChunkSpec:
+def pack_chunk(specs: Sequence[ParamSpec], world_size: int, slot_multiple: int = 1) -> ChunkSpec:
     """One chunk that holds `specs`, all of one dtype and trainability, neighbours by optimizer group."""
+    multiple = _slot_multiple(specs[0], slot_multiple)
     slots, offset = [], 0
     for spec in sorted(specs, key=lambda spec: spec.optimizer_group):  # stable: execution order inside a group
         slots.append(Slot(spec.fqn, offset, spec.numel, spec.shape, spec.optimizer_group))
-        offset += spec.numel
-    numel = round_up(max(offset, 1), world_size * ALIGNMENT_NUMEL)
+        offset += round_up(spec.numel, multiple)
+    numel = round_up(max(offset, 1), world_size * max(ALIGNMENT_NUMEL, multiple))
     return ChunkSpec(specs[0].dtype, specs[0].trainable, numel, tuple(slots))
 
 
-def split_by_size(specs: Iterable[ParamSpec], max_numel: int) -> list[list[ParamSpec]]:
+def _slot_multiple(spec: ParamSpec, slot_multiple: int) -> int:
+    return slot_multiple if spec.trainable else 1
+
+
+def split_by_size(specs: Iterable[ParamSpec], max_numel: int, slot_multiple: int = 1) -> list[list[ParamSpec]]:
     """Cut a sequence into runs of at most `max_numel`; a parameter that is larger alone gets a run of its own."""
     runs: list[list[ParamSpec]] = []
     filled = 0
@@ -123,24 +139,29 @@ def split_by_size(specs: Iterable[ParamSpec], max_numel: int) -> list[list[Param
             runs.append([])
             filled = 0
         runs[-1].append(spec)
-        filled += spec.numel
+        filled += round_up(spec.numel, _slot_multiple(spec, slot_multiple))
     return runs
 
 
-def pack_group(name: str, specs: Sequence[ParamSpec], world_size: int, max_chunk_numel: int) -> GroupSpec:
+def pack_group(
+    name: str, specs: Sequence[ParamSpec], world_size: int, max_chunk_numel: int, slot_multiple: int
+) -> GroupSpec:
     def kind(spec: ParamSpec) -> tuple[str, bool]:
         return str(spec.dtype), spec.trainable
 
     chunks = [
-        pack_chunk(run, world_size)
+        pack_chunk(run, world_size, slot_multiple)
         for _, same_kind in groupby(sorted(specs, key=kind), key=kind)
-        for run in split_by_size(same_kind, max_chunk_numel)
+        for run in split_by_size(same_kind, max_chunk_numel, slot_multiple)
     ]
     return GroupSpec(name, tuple(chunks))
 
 
-def pack(blocks: Sequence[tuple[str, Sequence[ParamSpec]]], world_size: int, max_chunk_numel: int) -> Layout:
-    """Pack blocks, given in execution order as (name, its parameters), for `world_size` ranks.
+def pack(
+    blocks: Sequence[tuple[str, Sequence[ParamSpec]]], world_size: int, max_chunk_numel: int, slot_multiple: int = 1
+) -> Layout:
+    """Pack blocks, given in execution order as (name, its parameters), for `world_size` ranks. Trainable parameters
+    start at multiples of `slot_multiple` elements.
 
     Raises ValueError when a parameter appears twice: a tied weight belongs to one block.
     """
@@ -150,5 +171,5 @@ def pack(blocks: Sequence[tuple[str, Sequence[ParamSpec]]], world_size: int, max
             if spec.fqn in seen:
                 raise ValueError(f"parameter {spec.fqn} appears twice: give a tied weight once")
             seen.add(spec.fqn)
-    groups = [pack_group(name, specs, world_size, max_chunk_numel) for name, specs in blocks if specs]
+    groups = [pack_group(name, specs, world_size, max_chunk_numel, slot_multiple) for name, specs in blocks if specs]
     return Layout(tuple(groups), world_size)

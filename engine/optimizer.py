@@ -326,9 +326,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._lane.submit(lambda: stream.read_ahead(coming), "read ahead")
 
     def _runs(self, chunk: Chunk, touched: set[str], parts: list[GradientPart]) -> Iterator[Run]:
-        """The owned slots, cut where the group, the step number or being touched changes."""
-        for (is_touched, group, step), same in groupby(
-            chunk.owned_slots, lambda owned: self._kind(owned.slot, touched)
+        """The owned slots, cut where the group, the step number or being touched changes; one by one where their
+        moments are codes, since padding may be between them."""
+        for (is_touched, group, step, _), same in groupby(
+            chunk.owned_slots,
+            lambda owned: (*self._kind(owned.slot, touched), None if chunk.scales is None else owned.slot.fqn),
         ):
             if is_touched:
                 same = list(same)

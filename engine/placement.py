@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .config import EngineConfig, Precision
+from ..kernels import scales_numel
+from .config import EngineConfig, Precision, StatePrecision
 from .layout import ChunkSpec, Layout
 from .tiers import Payload, Tier
 
@@ -30,6 +31,7 @@ class ChunkPlacement:
     owned: tuple[int, int]
     """[start, stop) of the elements whose optimizer state, and in stage 3 whose weight, this rank keeps."""
     precision: Precision
+    state_precision: StatePrecision = StatePrecision.EXACT
 
     @property
     def owned_numel(self) -> int:
@@ -44,7 +46,10 @@ class ChunkPlacement:
             master_itemsize = {Precision.FP32: 0, Precision.BF16: 2, Precision.FP16: 4}[self.precision]
             if master_itemsize:
                 result[tier, Payload.MASTER] = self.owned_numel * master_itemsize
-            result[tier, Payload.EXP_AVG] = result[tier, Payload.EXP_AVG_SQ] = self.owned_numel * 4
+            moment_itemsize = 4 if self.state_precision is StatePrecision.EXACT else 1
+            result[tier, Payload.EXP_AVG] = result[tier, Payload.EXP_AVG_SQ] = self.owned_numel * moment_itemsize
+            if self.state_precision is StatePrecision.EIGHT_BIT:
+                result[tier, Payload.SCALES] = 4 * scales_numel(self.owned_numel)
             if self.gradient_tier is not Tier.DEVICE:
                 result[self.gradient_tier, Payload.GRADIENT] = self.gradient_bytes(spec)
         return result
@@ -66,6 +71,7 @@ def place_chunks(
     """Place every chunk of a model on the tiers given, as far as the stage allows. Gradients of chunks whose state is
     on the drive are too, as yet."""
     result = []
+    precisions = Precision(config.precision), StatePrecision(config.state_precision)
     for spec, weight_tier, state_tier in zip(specs, weight_tiers, state_tiers, strict=True):
         if config.zero_stage < 3:  # weights are whole on the device at all times
             weight_tier = Tier.DEVICE
@@ -73,7 +79,7 @@ def place_chunks(
         # A frozen chunk has no optimizer state to share out, and below stage 3 every rank keeps all of its weights.
         whole = config.zero_stage == 0 or world_size == 1 or (config.zero_stage < 3 and not spec.trainable)
         owned = (0, spec.numel) if whole else spec.shard_range(rank, world_size)
-        result.append(ChunkPlacement(sharded, weight_tier, state_tier, state_tier, owned, Precision(config.precision)))
+        result.append(ChunkPlacement(sharded, weight_tier, state_tier, state_tier, owned, *precisions))
     return result
 
 

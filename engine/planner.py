@@ -10,7 +10,7 @@ from torch import nn
 from .blocks import find_parts
 from .budgets import gathered_window, gradient_peak, group_bytes, plan_storage
 from .collectives import RankGroup
-from .config import EngineConfig
+from .config import EngineConfig, StatePrecision
 from .layout import ChunkSpec, Layout, pack
 from .machine import read_machine
 from .placement import StoragePlan
@@ -129,7 +129,12 @@ def plan(
     else:
         group_of = optimizer_groups(model, optimizer)
     parts = find_parts(model, config.max_chunk_numel)
-    layout = pack(layout_specs(model, parts, group_of, config), world_size, config.max_chunk_numel)
+    layout = pack(
+        layout_specs(model, parts, group_of, config),
+        world_size,
+        config.max_chunk_numel,
+        StatePrecision(config.state_precision).slot_multiple,
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = read_machine(device, RankGroup(0, 1, None, None))
     if on_gpu is not None:

@@ -19,7 +19,7 @@ from .budgets import Machine, check_budgets, gathered_window, gradient_peak, pla
 from .chunk import Chunk
 from .chunk_group import ChunkGroup
 from .collectives import RankGroup, make_rank_group
-from .config import EngineConfig, Precision, check_folder
+from .config import EngineConfig, Precision, StatePrecision, check_folder
 from .gradients import GradientTraffic
 from .hooks import Schedule, UnitHooks, tensors_in
 from .lanes import InlineLane, Lane, make_lane, on_worker
@@ -284,7 +284,12 @@ def prepare(
     folder = open_folder()
     group_of = optimizer_groups(model, optimizer)
     parts = find_parts(model, config.max_chunk_numel)
-    layout = pack(layout_specs(model, parts, group_of, config), rank_group.world_size, config.max_chunk_numel)
+    layout = pack(
+        layout_specs(model, parts, group_of, config),
+        rank_group.world_size,
+        config.max_chunk_numel,
+        StatePrecision(config.state_precision).slot_multiple,
+    )
     storage_plan = plan_storage(layout, config, rank_group.rank, rank_group.world_size, machine)
     if config.placement == "auto" and config.device_budget is None:
         config = replace(config, device_budget=machine.device_room)
@@ -498,7 +503,8 @@ class _WeightLoader:
             if self._staging.numel() < spec.numel:
                 self._staging = torch.empty(spec.numel, device=self._device)
             values = self._staging[: spec.numel]
-        values[spec.used_numel :].zero_()
+        for padding in spec.padding():
+            values[padding].zero_()
         return values, {slot.fqn: values[slot.offset_numel : slot.stop_numel].view(slot.shape) for slot in spec.slots}
 
     def _broadcast(self, values: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from .chunk import Chunk
+from .chunk import Chunk, payload_part
 from .disk_tensor import DiskTensor
 from .lanes import Event
 from .nvme import Handle
@@ -48,9 +48,8 @@ class Piece:
     """Of the chunk, when the reads began."""
     reads: list[Handle] = field(default_factory=list)
 
-    @property
-    def part(self) -> slice:
-        return slice(self.start, self.stop)
+    def part(self, payload: str) -> slice:
+        return payload_part(payload, self.start, self.stop)
 
 
 Source = ChunkUpdate | Chunk
@@ -146,7 +145,8 @@ class UpdateStream:
         for payload in PAYLOADS:
             values = getattr(chunk, payload)
             if isinstance(values, DiskTensor) and not (payload == "weight" and self._weights_at_hand):
-                piece.reads.append(values[piece.part].begin_read(slot.view(payload, values.dtype, 0, stop - start)))
+                source = values[piece.part(payload)]
+                piece.reads.append(source.begin_read(slot.view(payload, values.dtype, 0, source.numel())))
         for run in runs:
             if isinstance(run.gradient, DiskTensor):
                 piece.reads.append(run.gradient.begin_read(self._gradient(piece, run)))
@@ -162,22 +162,23 @@ class UpdateStream:
             sources["weight"] = update.weight
         tensors: dict[str, torch.Tensor | None] = {}
         for payload, values in sources.items():
+            part = piece.part(payload)
             if isinstance(values, DiskTensor) or (values is not None and values.is_cuda):
-                tensors[payload] = slot.view(payload, values.dtype, 0, piece.stop - piece.start)
+                tensors[payload] = slot.view(payload, values.dtype, 0, part.stop - part.start)
             else:
-                tensors[payload] = None if values is None else values.detach()[piece.part]
+                tensors[payload] = None if values is None else values.detach()[part]
             if isinstance(values, torch.Tensor) and values.is_cuda:
-                tensors[payload].copy_(values.detach()[piece.part])
+                tensors[payload].copy_(values.detach()[part])
         runs = [replace(run, gradient=self._in_host_memory(piece, run)) for run in runs]
         chunk.did(Work.HOST_ADAM, sum(run.stop - run.start for run in runs))
         with torch.profiler.record_function(f"megalith::adam {chunk.name}"):
             adam_runs(tensors, piece.start, runs, update)
         for payload, updated in tensors.items():
-            at_rest, source = getattr(chunk, payload), sources[payload]
+            at_rest, source, part = getattr(chunk, payload), sources[payload], piece.part(payload)
             if isinstance(at_rest, DiskTensor):
-                slot.writes.append(at_rest[piece.part].begin_write(updated))
+                slot.writes.append(at_rest[part].begin_write(updated))
             if isinstance(source, torch.Tensor) and source.is_cuda:
-                source.detach()[piece.part].copy_(updated)
+                source.detach()[part].copy_(updated)
         self._slots.append(slot)
         return list(slot.writes)
 

@@ -1,6 +1,6 @@
 """How large the ring is through which updates of chunks on a drive are streamed. Pure."""
 
-from .config import Precision
+from .config import Precision, StatePrecision
 from .layout import round_up
 from .tiers import OutOfBudgetError
 
@@ -11,10 +11,16 @@ PIECE_MULTIPLE = 4096
 """Elements: pieces of every dtype then begin on a page of the buffer and of the file."""
 
 
-def slot_itemsizes(precision: Precision, at_hand: bool = False) -> dict[str, int]:
-    """Bytes of an element of each payload in a slot; the gradient may be a float32 sum. `at_hand`: gradient and weight
-    are in host memory already when they are needed."""
-    sizes = {"exp_avg": 4, "exp_avg_sq": 4}
+def slot_itemsizes(
+    precision: Precision, state_precision: StatePrecision = StatePrecision.EXACT, at_hand: bool = False
+) -> dict[str, int]:
+    """Bytes of an element of each payload in a slot; the gradient may be a float32 sum. Scales are 8 bytes for 256
+    elements; with room for one byte an element, every buffer begins on a page. `at_hand`: gradient and weight are in
+    host memory already when they are needed."""
+    if state_precision is StatePrecision.EXACT:
+        sizes = {"exp_avg": 4, "exp_avg_sq": 4}
+    else:
+        sizes = {"exp_avg": 1, "exp_avg_sq": 1, "scales": 1}
     if not at_hand:
         sizes |= {"gradient": 4, "weight": precision.dtype.itemsize}
     if precision is Precision.BF16:

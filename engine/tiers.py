@@ -33,6 +33,8 @@ class Payload(Enum):
     """bf16: the master's low 16 bits. fp16: the float32 master. fp32: nothing, the weight is the master."""
     EXP_AVG = "exp_avg"
     EXP_AVG_SQ = "exp_avg_sq"
+    SCALES = "scales"
+    """Of moments in 8 bits: two float32 for every 256 elements."""
     STAGING = "staging"
     """Host buffers that what is on a drive goes through."""
 

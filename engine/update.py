@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..kernels import AdamHyper, fused_adam_
-from .chunk import Chunk
+from .chunk import Chunk, payload_part
 from .disk_tensor import DiskTensor
 from .tiers import Tier, Work
 
-PAYLOADS = ("weight", "remainder", "master", "exp_avg", "exp_avg_sq")
+PAYLOADS = ("weight", "remainder", "master", "exp_avg", "exp_avg_sq", "scales")
 """Of a chunk, what an update reads and writes."""
 
 
@@ -100,7 +100,7 @@ def adam_runs(tensors: Mapping[str, torch.Tensor | None], offset: int, runs: lis
         return
     for run in runs:
         part = {
-            payload: None if tensor is None else tensor[run.start - offset : run.stop - offset]
+            payload: None if tensor is None else tensor[payload_part(payload, run.start - offset, run.stop - offset)]
             for payload, tensor in tensors.items()
         }
         fused_adam_(
