@@ -178,7 +178,7 @@ def test_the_ledger_counts_to_the_byte():
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads Linux's list of mappings")
 def test_a_slab_asks_for_huge_pages():
-    slab = HostSlab(8 << 20, pin=False)
+    slab = HostSlab(8 << 20, torch.device("cpu"))
     address = slab.take(1, torch.uint8).data_ptr()
     flags = ""
     for line in Path("/proc/self/smaps").read_text().splitlines():
