@@ -56,7 +56,8 @@ CONFIGURATIONS = [
     {"placement": "host"},
     {"placement": "host", "precision": "bf16", "checkpointing": True},
     {"placement": "host", "zero_stage": 2, "precision": "bf16"},
-    {"placement": "host", "device_budget": 300_000, "prefetch": 2},
+    {"placement": "host", "device_budget": 200_000, "prefetch": 1},  # holds some, evicts some
+    {"placement": "host", "precision": "bf16", "state_precision": "8bit"},
     {"placement": "host", "param_offload": 0.5, "optimizer_offload": 0.3},
     {"placement": "nvme", "precision": "bf16"},
     {"placement": "nvme", "host_budget": 1_200_000},
