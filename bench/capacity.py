@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 
-from ..engine import EngineConfig
 from ..engine.config import parse_bytes
 from ..engine.direct_io import filesystem_type, free_bytes
 from ..engine.machine import host_available_bytes
@@ -167,10 +166,6 @@ def main(argv: list[str] | None = None) -> int:
     entries = [named[name] for name in args.only or named]
     rows, failed, kinds = [], False, set()
     for entry in entries:
-        if reason := absent(entry, args):
-            rows.append({"name": entry.name, "note": f"absent: {reason}", "metrics": {}})
-            print(f"{entry.name:<26}absent: {reason}", flush=True)
-            continue
         try:
             rows.append(measure_row(entry, args, kinds))
         except EntryFailed as error:
@@ -185,17 +180,6 @@ def main(argv: list[str] | None = None) -> int:
     if args.plot:
         report.plot(record, args.plot, ["model_numel", "tokens_per_s"])
     return 1 if failed else 0
-
-
-def absent(entry: Entry, args: argparse.Namespace) -> str | None:
-    """Why the engine does not take an entry's options yet, or None."""
-    if entry.peer != "megalith":
-        return None
-    try:
-        EngineConfig.from_keywords(**entry.engine_options(str(args.nvme_dir)), precision=entry.precision)
-    except (NotImplementedError, TypeError) as error:
-        return str(error).split(";")[0]
-    return None
 
 
 def measure_row(entry: Entry, args: argparse.Namespace, kinds: set[str]) -> dict:

@@ -15,8 +15,8 @@ from megalith.engine.shard import engine_of
 from test_faults import _survivors
 from tiny import batches, make_model, rank_rows, weights_of
 
-DISK = {"placement": "nvme", "nvme_ring": "300KB"}
-AUTO = {"placement": "auto", "nvme_ring": "300KB", "device_budget": "400KB", "host_budget": "1MB"}
+DISK = {"placement": "nvme", "nvme_ring": "400KB"}
+AUTO = {"placement": "auto", "nvme_ring": "400KB", "device_budget": "400KB", "host_budget": "1100KB"}
 OPTIONS = [
     {"zero_stage": stage, "precision": precision, **placement}
     for stage, precision in product((0, 1, 2, 3), ("fp32", "bf16"))

@@ -92,7 +92,6 @@ def numel_of(options):
 
 
 def test_record_has_the_largest_size_and_the_bar(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(capacity, "absent", lambda entry, args: None)
     limits = {"native": 160e6, "megalith": 1.7e9}
 
     def worker(options):
@@ -137,13 +136,6 @@ def test_verify_compares_with_a_run_without_the_limit(monkeypatch, tmp_path, cap
     assert status == 1 and "without the limit" in record["rows"][0]["note"]
     status, record = run(monkeypatch, tmp_path, lambda _: reading(10.0, 9.0, 8.0), argv)
     assert status == 0 and "the same without the limit" in record["rows"][0]["note"]
-
-
-def test_an_option_that_the_engine_does_not_know_makes_a_row_absent(monkeypatch, tmp_path, capsys):
-    unknown = capacity.Entry("megalith-tape", "megalith", 15, placement="host", state_precision="1bit")
-    monkeypatch.setattr(capacity, "ENTRIES", (unknown,))
-    status, record = run(monkeypatch, tmp_path, None, [])
-    assert status == 0 and record["rows"][0]["note"].startswith("absent: ") and not record["rows"][0]["metrics"]
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_bf16_scales(tmp_path):
         if name.endswith("scales"):
             tensors[name] = tensors[name].bfloat16()
     loaded = load_quantized(write_folder(tmp_path, model, tensors, {"bits": 4, "group_size": 16}))
-    assert loaded.model.layers[0].mlp.down_proj.scales.dtype == torch.float32
+    assert loaded.model.layers[0].mlp.down_proj.gptq_weight.scales.dtype == torch.float32
     assert_same(loaded, model, tolerance=1e-2)
 
 
