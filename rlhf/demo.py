@@ -45,7 +45,7 @@ class Sizes:
     pretrain_steps: int = 150
     sft_steps: int = 250
     rm_steps: int = 250
-    ppo_iterations: int = 60
+    ppo_iterations: int = 120
     batch_size: int = 64
     hidden_size: int = 128
     layers: int = 3
@@ -141,8 +141,8 @@ def reinforce(folder, sizes, ranks):
     options |= {"pretrain": folder / "sft", "rm_path": folder / "rm", "save_path": folder / "ppo"}
     options |= {"num_episodes": 1, "max_timesteps": sizes.ppo_iterations, "max_new_tokens": ANSWER_TOKENS}
     options |= {"experience_batch_size": 2 * sizes.batch_size // ranks, "train_batch_size": sizes.batch_size // ranks}
-    options |= {"ppo_epochs": 2, "ptx_batch_size": sizes.batch_size // 2 // ranks, "ptx_coef": 1.0, "kl_coef": 0.05}
-    options |= {"lr": 2e-4, "critic_lr": 5e-4, "log_interval": max(1, sizes.ppo_iterations // 20)}
+    options |= {"ppo_epochs": 2, "ptx_batch_size": sizes.batch_size // 2 // ranks, "ptx_coef": 0.5, "kl_coef": 0.05}
+    options |= {"lr": 3e-4, "critic_lr": 5e-4, "log_interval": max(1, sizes.ppo_iterations // 20)}
     run_stage("train_ppo", ranks, **options | engine_and_log())
 
 
