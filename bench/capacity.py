@@ -53,7 +53,7 @@ class Entry:
     precision: str = "bf16"
     checkpoint_activations: bool = True
     placement: str | None = None
-    state_precision: str | None = None
+    state_precision: str = "exact"
 
     def first_guess(self, args: argparse.Namespace) -> float:
         """Parameters."""
@@ -64,11 +64,9 @@ class Entry:
         return numel
 
     def engine_options(self, nvme_dir: str | None) -> dict:
-        options = {"placement": self.placement}
+        options = {"placement": self.placement, "state_precision": self.state_precision}
         if self.placement in ("nvme", "auto"):
             options["nvme_dir"] = nvme_dir
-        if self.state_precision is not None:
-            options["state_precision"] = self.state_precision
         return options
 
 
@@ -81,7 +79,7 @@ ENTRIES = (
     Entry("fsdp2-cpu-offload", "fsdp2", 20),
     *(
         Entry(f"megalith-{placement}{suffix}", "megalith", guess, placement=placement, state_precision=precision)
-        for suffix, precision in (("", None), ("-8bit", "8bit"))
+        for suffix, precision in (("", "exact"), ("-8bit", "8bit"))
         for placement, guess in (("device", 15), ("host", 15), ("nvme", 1.8), ("auto", 1.8))
     ),
 )

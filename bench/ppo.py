@@ -65,16 +65,24 @@ def config_of(model):
     return GPT2Config(n_embd=width, n_layer=layers, n_head=heads, n_positions=1024)
 
 
-def unplaced_models(args):
-    """The four models on meta."""
-    source = Source(config_of(args.model), byte_tokenizer(), None)
-    models = {
-        "actor": ppo_models.unplaced_actor(source, args.gradient_checkpointing),
-        "critic": ppo_models.unplaced_critic(source, args.gradient_checkpointing),
+def four_models(source, gradient_checkpointing=False):
+    """Of one shape, on meta."""
+    return {
+        "actor": ppo_models.unplaced_actor(source, gradient_checkpointing),
+        "critic": ppo_models.unplaced_critic(source, gradient_checkpointing),
         "reference": ppo_models.frozen(ppo_models.unplaced_actor(source)),
         "reward": ppo_models.unplaced_reward_model(source),
     }
-    return models, source.config
+
+
+def forced_learner(placed, ranks, **rules):
+    """A Learner whose answers never stop and are never shown. `rules`: rollout_args, reward_args and ppo_args."""
+    return Learner(**placed, pad_id=0, stop_ids=frozenset(), decode=None, ranks=ranks, seed=0, **rules)
+
+
+def unplaced_models(args):
+    source = Source(config_of(args.model), byte_tokenizer(), None)
+    return four_models(source, args.gradient_checkpointing), source.config
 
 
 class PlainAdamW(torch.optim.AdamW):
@@ -123,13 +131,9 @@ def measure(strategy, args, ranks):
         placed = place_plain(models, optimization, ranks.device, dtype)
     else:
         placed = ppo_models.place(models, None, optimization, 1, ranks.device, options_of(strategy, args, ranks.device))
-    learner = Learner(
-        **placed,
-        pad_id=0,
-        stop_ids=frozenset(),
-        decode=None,
-        ranks=ranks,
-        seed=0,
+    learner = forced_learner(
+        placed,
+        ranks,
         rollout_args=RolloutArguments(
             experience_batch_size=args.experience_batch_size,
             update_timesteps=args.update_timesteps,

@@ -125,9 +125,10 @@ def run_trl(options, prompts):
 
 
 def run_megalith(options, prompts):
+    from megalith.bench.ppo import forced_learner, four_models
     from megalith.rlhf import ppo_models
     from megalith.rlhf.experience import collect
-    from megalith.rlhf.learner import Learner, PPOArguments, RewardArguments
+    from megalith.rlhf.learner import PPOArguments, RewardArguments
     from megalith.rlhf.models import Source
     from megalith.rlhf.ppo import learn
     from megalith.rlhf.ppo_models import PPOOptimization
@@ -136,22 +137,12 @@ def run_megalith(options, prompts):
     from megalith.rlhf.strategy import STRATEGIES, process_group
 
     source = Source(config_of(options), types.SimpleNamespace(pad_token_id=0), None)
-    models = {
-        "actor": ppo_models.unplaced_actor(source),
-        "critic": ppo_models.unplaced_critic(source),
-        "reference": ppo_models.frozen(ppo_models.unplaced_actor(source)),
-        "reward": ppo_models.unplaced_reward_model(source),
-    }
     optimization = PPOOptimization(lr=options.lr, critic_lr=options.lr, lr_scheduler_type="constant")
     with process_group(torch.device("cpu")) as ranks:
         keywords = {**STRATEGIES["zero3"], "precision": options.precision, "max_grad_norm": 1.0, "seed": 0}
-        learner = Learner(
-            **ppo_models.place(models, None, optimization, 1, ranks.device, keywords),
-            pad_id=0,
-            stop_ids=frozenset(),
-            decode=None,
-            ranks=ranks,
-            seed=0,
+        learner = forced_learner(
+            ppo_models.place(four_models(source), None, optimization, 1, ranks.device, keywords),
+            ranks,
             rollout_args=RolloutArguments(
                 experience_batch_size=options.batch_size, max_new_tokens=options.new_tokens, ignore_eos=True
             ),

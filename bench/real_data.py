@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from .. import engine
 from ..rlhf.arguments import DataArguments, ModelArguments
 from ..rlhf.batches import collate, deal
-from ..rlhf.data import read_rows
+from ..rlhf.data import read_rows, write_rows
 from ..rlhf.demo_data import write_base_model
 from ..rlhf.eval import mean_and_error
 from ..rlhf.losses import IGNORE, completion_loss_sum
@@ -40,11 +40,6 @@ ENGINE = {"strategy": "zero3", "precision": "fp32", "device": "cpu", "tensorboar
 COMMON = {"accumulation_steps": 1, "weight_decay": 0.1, "log_interval": 20}
 
 
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 # GSM8K
 
 
@@ -53,8 +48,8 @@ def gsm8k(path, folder, ranks, held_out=500, epochs=1):
     best prediction which ignores the context (the training answers' token frequencies)."""
     rows = [row.values for row in read_rows(path)]
     random.Random(0).shuffle(rows)
-    train = write_jsonl(folder / "train.jsonl", rows[held_out:])
-    test = write_jsonl(folder / "held_out.jsonl", rows[:held_out])
+    train = write_rows(folder / "train.jsonl", rows[held_out:])
+    test = write_rows(folder / "held_out.jsonl", rows[:held_out])
     write_base_model(folder / "base", (f"{row['question']}\n{row['answer']}" for row in rows[held_out:]), **MODEL)
     options = {"pretrain": folder / "base", "dataset": train, "eval_dataset": test, "save_path": folder / "sft"}
     options |= {"max_len": 384, "batch_size": 32 // ranks, "max_epochs": epochs, "lr": 3e-3}
@@ -126,8 +121,8 @@ def hh(path, folder, ranks, folds=3):
         train = sorted(set(range(len(rows))) - set(test))
         place = folder / f"fold{fold}"
         place.mkdir()
-        write_jsonl(place / "pairs.jsonl", (rows[i] for i in train))
-        write_jsonl(place / "held_out.jsonl", (rows[i] for i in test))
+        write_rows(place / "pairs.jsonl", (rows[i] for i in train))
+        write_rows(place / "held_out.jsonl", (rows[i] for i in test))
         train_reward_model(place, [preferences[i] for i in train], ranks, seed=fold)
         found = score_pairs(place / "rm", place / "held_out.jsonl")
         margins += found[0]
@@ -143,7 +138,7 @@ def train_reward_model(folder, preferences, ranks, seed):
     tokenizer = load_tokenizer(folder / "base")
     texts = (tokenizer.apply_chat_template(list(turns), tokenize=False) for turns in dialogues)
     # The end of a text is added in training.
-    write_jsonl(folder / "text.jsonl", ({"text": text.removesuffix(tokenizer.eos_token)} for text in texts))
+    write_rows(folder / "text.jsonl", ({"text": text.removesuffix(tokenizer.eos_token)} for text in texts))
     options = {"pretrain": folder / "base", "dataset": folder / "text.jsonl", "save_path": folder / "pretrained"}
     options |= {"max_len": 256, "batch_size": 16 // ranks, "max_epochs": 2, "lr": 3e-3, "seed": seed}
     run_stage("train_pretrain", ranks, **options, **COMMON, **ENGINE)

@@ -324,16 +324,10 @@ struct Avx512 {
     block_sums_loop(terms, numel, sums, first, last);
   }
 };
+using Sets = IsaSets<Baseline, Avx2, Avx512>;
+#else
+using Sets = IsaSets<Baseline>;
 #endif
-
-template <class Visitor>
-void with_isa([[maybe_unused]] int isa, Visitor visit) {
-#ifdef X86_DISPATCH
-  if (isa >= kAvx512) return visit(Avx512{});
-  if (isa == kAvx2) return visit(Avx2{});
-#endif
-  visit(Baseline{});
-}
 
 // Below this a second thread costs more than it saves.
 constexpr int64_t kAdamGranule = 16384;
@@ -342,7 +336,7 @@ template <class Weight, class Grad>
 void run_adam(Weight weight, const void* grad, void* exp_avg, void* exp_avg_sq, float* scales, const Scalars& scalars,
               int64_t numel, bool decoupled, int isa, int threads) {
   const auto* grad_values = static_cast<const typename Grad::Storage*>(grad);
-  with_isa(isa, [&](auto set) {
+  Sets::visit(isa, [&](auto set) {
     using Set = decltype(set);
     if (scales) {
       const AdamArguments<Weight, Grad> arguments{weight, grad_values, nullptr, nullptr, scalars};
@@ -364,7 +358,7 @@ void run_adam(Weight weight, const void* grad, void* exp_avg, void* exp_avg_sq, 
 template <class Terms>
 std::vector<double> block_sums(Terms terms, int64_t numel, int isa, int threads) {
   std::vector<double> sums((numel + kBlockNumel - 1) / kBlockNumel);
-  with_isa(isa, [&](auto set) {
+  Sets::visit(isa, [&](auto set) {
     parallel_ranges(int64_t(sums.size()), 1, threads, [&](int64_t first, int64_t last) {
       decltype(set)::template block_sums<Terms>(terms, numel, sums.data(), first, last);
     });

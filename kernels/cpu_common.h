@@ -149,6 +149,19 @@ inline int best_isa() {
   return kBaseline;
 }
 
+// Structs of the same functions, compiled for one instruction set each: for the first ones of Isa, in its order.
+template <class First, class... More>
+struct IsaSets {
+  // Calls visitor(set) with the one for `isa`, or where there is none, with the last.
+  template <class Visitor>
+  static void visit([[maybe_unused]] int isa, Visitor visitor) {
+    if constexpr (sizeof...(More) > 0) {
+      if (isa > kBaseline) return IsaSets<More...>::visit(isa - 1, visitor);
+    }
+    visitor(First{});
+  }
+};
+
 // Calls range(begin, end) over contiguous parts of [0, count) whose inner borders are multiples of `granule`.
 template <class Range>
 void parallel_ranges(int64_t count, int64_t granule, int threads, Range range) {

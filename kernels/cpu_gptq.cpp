@@ -356,17 +356,10 @@ FOR_ISA(Baseline, , Vectors4, Vectors4)
 FOR_ISA(Avx2, __attribute__((target("avx2,f16c,fma"))), Vectors8, Vectors8)
 FOR_ISA(Avx512, AVX512_FMA, Vectors16, Vectors16)
 FOR_ISA(Avx512Bf16, AVX512_BF16, PairProducts, Vectors16)
+using Sets = IsaSets<Baseline, Avx2, Avx512, Avx512Bf16>;
+#else
+using Sets = IsaSets<Baseline>;
 #endif
-
-template <class Visitor>
-void with_isa([[maybe_unused]] int isa, Visitor visit) {
-#ifdef X86_DISPATCH
-  if (isa == kAvx512Bf16) return visit(Avx512Bf16{});
-  if (isa == kAvx512) return visit(Avx512{});
-  if (isa == kAvx2) return visit(Avx2{});
-#endif
-  visit(Baseline{});
-}
 
 }  // namespace
 
@@ -379,7 +372,7 @@ void megalith_cpu_gptq_dequantize(int bits, const uint32_t* qweight, const void*
                                   int threads) {
   const Gptq w{qweight, scales, zeros, in_features, out_features, group_size, bits, half_scales != 0};
   with_format(dtype, [&](auto format) {
-    with_isa(isa, [&](auto set) {
+    Sets::visit(isa, [&](auto set) {
       // Granules of 32 rows end where words do, whatever the bits.
       parallel_ranges(in_features, 32, threads, [&](int64_t first, int64_t last) {
         decltype(set)::template dequantize<decltype(format)>(w, perm, out, column, columns, first, last);
@@ -410,7 +403,7 @@ void megalith_cpu_gptq_matmul(int bits, const uint32_t* qweight, const void* sca
   Product product{w, padded.data(), x_sums.data(), y, rows, x_stride, groups, x_terms, {}};
   // Three rows where float32 has one pay only while the weight's bytes take longer than the sums.
   const bool in_float32 = dtype == kDtypeFloat32 && rows > 1;
-  with_isa(in_float32 ? std::min<int>(isa, kAvx512) : isa, [&](auto set) {
+  Sets::visit(in_float32 ? std::min<int>(isa, kAvx512) : isa, [&](auto set) {
     using Set = decltype(set);
     const auto run = [&](auto number) {
       constexpr int kBits = decltype(number)::value;

@@ -123,16 +123,10 @@ FOR_ISA(Baseline, )
 #ifdef X86_DISPATCH
 FOR_ISA(Avx2, __attribute__((target("avx2"))))
 FOR_ISA(Avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))))
+using Sets = IsaSets<Baseline, Avx2, Avx512>;
+#else
+using Sets = IsaSets<Baseline>;
 #endif
-
-template <class Visitor>
-void with_isa([[maybe_unused]] int isa, Visitor visit) {
-#ifdef X86_DISPATCH
-  if (isa >= kAvx512) return visit(Avx512{});
-  if (isa == kAvx2) return visit(Avx2{});
-#endif
-  visit(Baseline{});
-}
 
 }  // namespace
 
@@ -142,7 +136,7 @@ void megalith_cpu_round_block(const float* weight, const float* factor, const fl
                               uint8_t* codes, float* errors, int64_t rows, int64_t columns, int max_code, int beams,
                               int isa, int threads) {
   const Rounding p{weight, factor, scales, zeros, codes, errors, rows, columns, float(max_code), beams};
-  with_isa(isa, [&](auto set) {
+  Sets::visit(isa, [&](auto set) {
     // 16 columns share the cache lines of each row.
     parallel_ranges(columns, 16, threads, [&](int64_t first, int64_t last) { decltype(set)::round(p, first, last); });
   });
@@ -151,7 +145,7 @@ void megalith_cpu_round_block(const float* weight, const float* factor, const fl
 void megalith_cpu_descend_block(const float* gradient, const float* hessian, const float* scales, uint8_t* codes,
                                 float* change, int64_t rows, int64_t columns, int max_code, int isa, int threads) {
   const Descent p{gradient, hessian, scales, codes, change, rows, columns, float(max_code)};
-  with_isa(isa, [&](auto set) {
+  Sets::visit(isa, [&](auto set) {
     parallel_ranges(columns, 16, threads, [&](int64_t first, int64_t last) { decltype(set)::descend(p, first, last); });
   });
 }

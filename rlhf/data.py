@@ -50,6 +50,12 @@ class Schema:
     convert: Callable[[Row], Conversation]
 
 
+def write_rows(path, rows):
+    """Write dicts as jsonl; returns the path."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
 def read_rows(path, limit=None):
     """Rows of a jsonl file or a JSON array of objects, gzipped or not, at most `limit` of them.
 

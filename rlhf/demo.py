@@ -9,7 +9,6 @@ and no GPU are needed.
 """
 
 import argparse
-import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -21,9 +20,10 @@ from transformers import AutoModelForCausalLM
 
 from . import ppo_models
 from .arguments import ModelArguments, StrategyArguments
+from .data import write_rows
 from .decoding import generate
 from .demo_data import make_pairs, make_rows, make_texts, write_base_model
-from .demo_report import print_report, write_curves
+from .demo_report import print_report, read_jsonl, write_curves
 from .models import load_source
 from .run_stage import run_stage
 from .sampling import SamplingOptions
@@ -64,11 +64,6 @@ TINY = Sizes(
     hidden_size=32,
     layers=1,
 )
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def answers_of(folder, rows, temperature, seed=0):
@@ -172,7 +167,7 @@ def main(argv=None):
     for name in ("random", "pretrained", "PPO"):  # SFT is the baseline of each
         evaluate(folder, name, folder / stages[name], sizes, ranks)
 
-    held_out = [json.loads(line) for line in (folder / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
+    held_out = read_jsonl(folder / "held_out.jsonl")
     greedy = {name: answers_of(folder / path, held_out, temperature=0) for name, path in stages.items()}
     write_curves(folder, folder / "curves.png")
     print_report(folder, held_out, greedy)

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from . import train_ppo, train_rm, train_sft
+from .data import write_rows
 from .decoding import generate
 from .sampling import SamplingOptions
 
@@ -74,8 +75,8 @@ def pipeline(seed, progress, pairs=2000, iterations=24):
         rows = []
         for better, worse in _drawn_pairs(weights, pairs, rng):
             rows.append({"prompt": _text(better[:1]), "chosen": _text(better[1:-1]), "rejected": _text(worse[1:-1])})
-        _write(folder / "pairs.jsonl", rows)
-        _write(folder / "prompts.jsonl", [{"prompt": _text([letter])} for letter in range(1, LETTERS + 1)])
+        write_rows(folder / "pairs.jsonl", rows)
+        write_rows(folder / "prompts.jsonl", [{"prompt": _text([letter])} for letter in range(1, LETTERS + 1)])
         train_rm.main(
             f"--pretrain {folder}/base --dataset {folder}/pairs.jsonl --save_path {folder}/rm --prompt_format plain "
             "--batch_size 50 --accumulation_steps 1 --max_epochs 3 --lr 4e-3 --strategy zero2 --precision fp32 "
@@ -187,8 +188,8 @@ def walks(seed, progress, rows=1500, iterations=30):
         folder = Path(name)
         _uniform_model(folder / "base", NODES + 1, seed)
         drawn = [_random_walk(edges, int(rng.choice(starts)), rng) for _ in range(rows)]
-        _write(folder / "walks.jsonl", [{"prompt": _text(w[:1]), "completion": _text(w[1:])} for w in drawn])
-        _write(folder / "prompts.jsonl", [{"prompt": _text([start])} for start in starts])
+        write_rows(folder / "walks.jsonl", [{"prompt": _text(w[:1]), "completion": _text(w[1:])} for w in drawn])
+        write_rows(folder / "prompts.jsonl", [{"prompt": _text([start])} for start in starts])
         train_sft.main(
             f"--pretrain {folder}/base --dataset {folder}/walks.jsonl --save_path {folder}/sft --prompt_format plain "
             "--batch_size 50 --accumulation_steps 1 --max_epochs 6 --lr 4e-3 --strategy zero2 --precision fp32 "
@@ -271,10 +272,6 @@ def _uniform_model(folder, vocab, seed):
 
 def _text(ids):
     return "".join(".abcdefghijklmnopqrstuvwxyz"[i] for i in ids)
-
-
-def _write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from typing import Literal
 from transformers.hf_argparser import HfArg
 
 from .arguments import ModelArguments, StrategyArguments, parse, write_config
+from .data import write_rows
 from .errors import InputError, exit_on_input_error, require
 from .eval_report import html_page, text_table
 from .experience import collect
@@ -166,8 +167,7 @@ def write_report(folder, report, samples, shown, groups):
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder / "arguments.yaml", groups)
     (folder / "eval.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-    (folder / "samples.jsonl").write_text(lines, encoding="utf-8")
+    write_rows(folder / "samples.jsonl", samples)
     (folder / "samples.html").write_text(html_page(report, samples[:shown]), encoding="utf-8")
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers.hf_argparser import HfArg
 
 from . import checkpoints, ppo_models
-from .arguments import LoraArguments, ModelArguments, OutputArguments, StrategyArguments
+from .arguments import LoraArguments, ModelArguments, OutputArguments, StrategyArguments, parse
 from .errors import InputError, require
 from .learner import ScoreArguments, UpdateArguments
 from .models import load_source
@@ -114,6 +114,12 @@ class RLOptions:
     @property
     def groups(self):
         return [group for group in vars(self).values() if group is not None]
+
+
+def parse_after_prompts(groups, argv, prog):
+    """As `parse`, but the file of prompts may come first, without its flag."""
+    flag = ["--prompts"] if argv and not argv[0].startswith("-") else []
+    return parse(groups, [*flag, *argv], prog)
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,7 @@ class Ranks:
 def engine_options(strategy_args, device, max_grad_norm, seed):
     """Keywords of `engine.initialize` for the chosen strategy; a `colossalai_` prefix of its name is ignored.
 
-    Raises InputError for an unknown name and for a value that the engine rejects, NotImplementedError for a placement
-    it does not have yet.
+    Raises InputError for an unknown name and for a value that the engine rejects.
     """
     name = strategy_args.strategy.removeprefix("colossalai_")
     if name not in STRATEGIES:

@@ -8,14 +8,14 @@ or `megalith grpo …` with the same options. What an iteration computes is in `
 
 import sys
 
-from .arguments import LoraArguments, ModelArguments, StrategyArguments, parse
+from .arguments import LoraArguments, ModelArguments, StrategyArguments
 from .errors import exit_on_input_error
 from .experience import collect
 from .grpo import learn
 from .learner import GRPOArguments, ScoreArguments
 from .ppo_models import RLOptimization
 from .rl_run import RLRun
-from .rl_setup import JudgeArguments, PromptArguments, RLOptions, RLOutputArguments, prepare
+from .rl_setup import JudgeArguments, PromptArguments, RLOptions, RLOutputArguments, parse_after_prompts, prepare
 from .rollout import RolloutArguments
 from .strategy import process_group
 
@@ -46,10 +46,8 @@ def train(*groups):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if argv and not argv[0].startswith("-"):
-        argv = ["--prompts", *argv]
-    exit_on_input_error(lambda: train(*parse(GROUPS, argv, prog="megalith grpo")))
+    argv = sys.argv[1:] if argv is None else argv
+    exit_on_input_error(lambda: train(*parse_after_prompts(GROUPS, argv, prog="megalith grpo")))
 
 
 if __name__ == "__main__":

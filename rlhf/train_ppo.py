@@ -8,14 +8,22 @@ or `megalith ppo …` with the same options. What an iteration computes is in `e
 
 import sys
 
-from .arguments import LoraArguments, ModelArguments, StrategyArguments, parse
+from .arguments import LoraArguments, ModelArguments, StrategyArguments
 from .errors import exit_on_input_error
 from .experience import collect
 from .learner import PPOArguments, RewardArguments
 from .ppo import learn
 from .ppo_models import PPOOptimization
 from .rl_run import RLRun
-from .rl_setup import CriticArguments, JudgeArguments, PromptArguments, RLOptions, RLOutputArguments, prepare
+from .rl_setup import (
+    CriticArguments,
+    JudgeArguments,
+    PromptArguments,
+    RLOptions,
+    RLOutputArguments,
+    parse_after_prompts,
+    prepare,
+)
 from .rollout import RolloutArguments
 from .strategy import process_group
 
@@ -47,10 +55,8 @@ def train(*groups):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if argv and not argv[0].startswith("-"):
-        argv = ["--prompts", *argv]
-    exit_on_input_error(lambda: train(*parse(GROUPS, argv, prog="megalith ppo")))
+    argv = sys.argv[1:] if argv is None else argv
+    exit_on_input_error(lambda: train(*parse_after_prompts(GROUPS, argv, prog="megalith ppo")))
 
 
 if __name__ == "__main__":
