@@ -31,7 +31,7 @@ from .config import EngineConfig
 from .gradients import ChunkGradient, GradientTraffic
 from .layout import Slot
 from .manager import Manager
-from .tiers import Ledger, Payload, Tier
+from .tiers import Payload, Tier
 
 
 class Schedule:
@@ -41,7 +41,6 @@ class Schedule:
         self,
         groups: list[ChunkGroup],
         config: EngineConfig,
-        ledger: Ledger,
         traffic: GradientTraffic,
         gradient_peak_bytes: int,
         window_bytes: int,
@@ -61,12 +60,11 @@ class Schedule:
         self.touched: set[str] = set()
         """Parameters that got a gradient since the last step."""
         self._config = config
-        self._ledger = ledger
         self._traffic = traffic
         self._gradient_peak_bytes = gradient_peak_bytes
         chunks = [chunk for group in groups for chunk in group.chunks]
         self._gradients_leave = any(chunk.placement.gradient_tier is not Tier.DEVICE for chunk in chunks)
-        self._distributed = traffic.group.is_distributed
+        self.is_distributed = traffic.group.is_distributed
         self._in_backward = False
         self._called: set[str] = set()  # units, since the last backward pass
         self._called_twice: set[str] = set()
@@ -124,16 +122,18 @@ class Schedule:
 
     def _make_room(self, wanted: list[ChunkGroup]) -> None:
         """Reshard what is not wanted: all of it, or with a budget, what is used farthest in the future until the rest
-        fits."""
+        fits. On one rank, what an update writes is left alone. Other ranks may be done with theirs, and all must
+        reshard the same, so nothing else that lanes change is asked for either."""
         idle = {
             key: group
-            for key, (_, group) in self._manager.groups().items()
-            if group.is_sharded and group.is_whole and group.is_idle and group not in wanted and not group.is_updating
+            for key, (schedule, group) in self._manager.groups().items()
+            if group.is_sharded and group.is_whole and group.is_idle and group not in wanted
+            if schedule.is_distributed or not group.is_updating
         }
         evicted = list(idle)
         if self._device_budget is not None:
             of_all = self._manager.ledger
-            stored = of_all.tier_bytes(Tier.DEVICE) - self._ledger.bytes(Tier.DEVICE, Payload.GRADIENT)
+            stored = of_all.tier_bytes(Tier.DEVICE) - of_all.bytes(Tier.DEVICE, Payload.GRADIENT)
             needed = stored + self._gradient_peak_bytes - self._device_budget
             needed += sum(group.gathered_bytes for group in wanted if not group.is_whole)
             future = [tuple(key) for _, *key in self._manager.trace.upcoming(3 * len(self.groups))]
@@ -254,7 +254,7 @@ class Schedule:
             return
         for group in groups:
             self._done.setdefault(group, set()).add(unit)
-        if not self._distributed:
+        if not self.is_distributed:
             for group in groups:
                 if len(self._done[group]) == group.unit_count and (self.on_complete is None or group.is_complete):
                     self._reduce(group)
@@ -275,7 +275,7 @@ class Schedule:
         if self._is_final:
             return True
         # Not a question of placement where ranks add up: the order of the sum would depend on it.
-        return self._config.zero_stage >= 2 if self._distributed else self._gradients_leave
+        return self._config.zero_stage >= 2 if self.is_distributed else self._gradients_leave
 
     def _reduce_next(self) -> None:
         self._next_reduce -= 1

@@ -12,6 +12,7 @@ class Owner(Protocol):
     """An engine's schedule."""
 
     groups: list[Any]
+    is_distributed: bool
 
 
 class Manager:

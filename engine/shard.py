@@ -214,7 +214,7 @@ def assemble(
 
     gradient_peak_bytes = gradient_peak(layout, placements, config, 2)
     window_bytes = gathered_window(layout, placements, config)
-    schedule = Schedule(groups, config, ledger, traffic, gradient_peak_bytes, window_bytes, manager)
+    schedule = Schedule(groups, config, traffic, gradient_peak_bytes, window_bytes, manager)
     _register_hooks(model, parts, groups, schedule, config)
     zero_optimizer = None
     if optimizer is not None:

@@ -1,6 +1,7 @@
 """Runs a test's function on several ranks of a gloo group, each in a process of its own."""
 
 import contextlib
+import faulthandler
 import os
 import socket
 import tempfile
@@ -18,7 +19,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     """`function(rank, world_size, *args)` on every rank; returns the ranks' results.
 
     `function` must be importable (defined at the top of a test module). A rank that raises fails the test with its
-    traceback, a rank that dies or outlives the time-out with its number, and no process is left behind.
+    traceback, one that outlives the time-out with the stacks of its threads, one that dies with its signal; no process
+    is left behind.
     """
     # Ranks are forked from a server that has imported everything once.
     context = mp.get_context("forkserver")
@@ -26,7 +28,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     with tempfile.TemporaryDirectory() as folder:
         port = _free_port()
         processes = [
-            context.Process(target=_rank_main, args=(rank, world_size, port, folder, function, args), daemon=True)
+            context.Process(
+                target=_rank_main, args=(rank, world_size, port, folder, timeout_s, function, args), daemon=True
+            )
             for rank in range(world_size)
         ]
         for process in processes:
@@ -38,7 +42,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
                 with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, f"error-{rank}")) as file:
                     failures.append(f"rank {rank}:\n{file.read()}")
                 if process.exitcode is None:
-                    failures.append(f"rank {rank} was still running after {timeout_s} s")
+                    with open(os.path.join(folder, f"stacks-{rank}")) as file:
+                        failures.append(f"rank {rank} was still running after {timeout_s} s:\n{file.read()}")
                 elif process.exitcode < 0:
                     failures.append(f"rank {rank} was killed by signal {-process.exitcode}")
             assert not failures, "\n".join(failures)
@@ -64,8 +69,12 @@ def _wait(processes: list[mp.Process], timeout_s: float) -> None:
             return
 
 
-def _rank_main(rank: int, world_size: int, port: int, folder: str, function: Callable[..., Any], args: tuple) -> None:
+def _rank_main(
+    rank: int, world_size: int, port: int, folder: str, timeout_s: float, function: Callable[..., Any], args: tuple
+) -> None:
     torch.set_num_threads(1)
+    stacks = open(os.path.join(folder, f"stacks-{rank}"), "w")  # for as long as the process lives
+    faulthandler.dump_traceback_later(0.95 * timeout_s, file=stacks)
     try:
         dist.init_process_group(
             "gloo",
