@@ -147,7 +147,11 @@ def run_megalith(options, prompts):
                 experience_batch_size=options.batch_size, max_new_tokens=options.new_tokens, ignore_eos=True
             ),
             reward_args=RewardArguments(missing_eos_penalty=0.0),
-            ppo_args=PPOArguments(train_batch_size=options.batch_size, ppo_epochs=options.epochs),
+            ppo_args=PPOArguments(
+                train_batch_size=options.batch_size,
+                ppo_epochs=options.epochs,
+                old_logprobs="sampler",  # as TRL takes them
+            ),
         )
         ends = []
         for start in range(0, len(prompts), options.batch_size):

@@ -28,8 +28,7 @@ class Experience:
 
     rollout: Rollout
     scores: torch.Tensor  # [B], raw
-    logprobs: torch.Tensor  # [B, T], of the policy that sampled, computed as in training
-    entropy: torch.Tensor  # [B, T]
+    logprobs: torch.Tensor  # [B, T], of the policy that sampled, computed as in training or by the sampler
     ref_logprobs: torch.Tensor  # [B, T]; the policy's own where there is no reference
     values: torch.Tensor  # [B, T], of the state before each token; 0 without a critic
     timing: dict
@@ -53,7 +52,11 @@ def collect(learner, prompts):
     def judged(function):
         return rollout.map(function, size, pad_id, ranks)
 
-    logprobs, entropy = judged(lambda micro: answer_logprobs(learner.actor.model, micro, learner))
+    if learner.scores_own_answers:
+        [logprobs] = judged(lambda micro: answer_logprobs(learner.actor.model, micro, learner)[:1])
+        _check_sampler(learner, rollout, logprobs)
+    else:  # `ppo` compares them with its first minibatch's
+        logprobs = rollout.sampler_logprobs
     ref_logprobs = logprobs
     if learner.uses_reference:
         with nullcontext(learner.reference) if learner.reference else adapters_off(learner.actor.model) as reference:
@@ -69,8 +72,7 @@ def collect(learner, prompts):
         "timing/generation": generated - start,
         "timing/make_experience": time.perf_counter() - generated,
     }
-    _check_sampler(learner, rollout, logprobs)
-    return Experience(rollout, scores, logprobs, entropy, ref_logprobs, values, timing)
+    return Experience(rollout, scores, logprobs, ref_logprobs, values, timing)
 
 
 def _answered(learner, prompts):
@@ -107,12 +109,12 @@ def _ask(learner, prompts, answers):
     return call_reward(learner.reward, {**columns, **given}, len(answers))
 
 
-def answer_logprobs(model, micro, learner):
-    """(log-probabilities, entropies) of a micro-batch's answer tokens, float32 [b, t]."""
+def answer_logprobs(model, micro, learner, with_entropy=False):
+    """(log-probabilities, entropies or None) of a micro-batch's answer tokens, float32 [b, t]."""
     temperature = learner.rollout_args.temperature
-    given = {"temperature": temperature, "most_scored": micro.most_scored}
+    given = {"temperature": temperature, "most_scored": micro.most_scored, "with_entropy": with_entropy}
     logprobs, entropy = token_logprobs(model, micro.input_ids, micro.scored, **given)
-    return micro.of_answers(logprobs), micro.of_answers(entropy)
+    return micro.of_answers(logprobs), micro.of_answers(entropy) if with_entropy else None
 
 
 def answer_values(critic, micro, statistics=(0.0, 1.0)):

@@ -58,6 +58,11 @@ class UpdateArguments:
     micro_batch_size: int | None = HfArg(default=None, help="episodes a pass through a model; as --train_batch_size")
     ppo_epochs: int = HfArg(default=4, aliases=["--max_epochs", "--num_ppo_epochs"], help="passes over a rollout")
     clip: float = HfArg(default=0.2, aliases=["--eps_clip", "--cliprange"], help="of the probability ratio")
+    old_logprobs: Literal["trainer", "sampler"] = HfArg(
+        default="trainer",
+        help="the policy's before its updates: by a pass of their own, compared with the sampler's; or the sampler's, "
+        "which saves that pass and is compared with the first minibatch's",
+    )
     stop_kl: float | None = HfArg(
         default=None, help="end a rollout's epochs before the update whose KL to the sampling policy exceeds this"
     )
@@ -168,6 +173,12 @@ class Learner:
     @property
     def uses_reference(self):
         return self.reward_args.kl_coef > 0
+
+    @property
+    def scores_own_answers(self):
+        """Whether a rollout's log-probabilities are computed anew. They are where nothing else would tell whether the
+        sampler's are right."""
+        return self.ppo_args.old_logprobs == "trainer" or self.actor not in self.trained_now
 
     @property
     def parts(self):

@@ -1,8 +1,9 @@
 """Log-probabilities of given tokens, without logits of a whole batch.
 
 The model is run to its last hidden states, and its head is applied to the tokens that are asked for, a chunk of them at
-a time: logits of [B, T, V] never exist. In the backward pass a chunk's logits are computed again. PPO, GRPO, DPO and
-evaluation all read log-probabilities here, so that what is compared was computed by the same operations.
+a time: logits of [B, T, V] never exist. Where there are several, a chunk's are computed again in the backward pass.
+PPO, GRPO, DPO and evaluation all read log-probabilities here, so that what is compared was computed by the same
+operations.
 
 B: batch, T: tokens, H: hidden size, V: vocabulary, N: scored tokens.
 """
@@ -54,9 +55,11 @@ def token_logprobs(
     attention_mask=None,
     position_ids=None,
     most_scored=None,
+    with_entropy=False,
 ):
     """Return (logprobs, entropy), both float32 [B, T]: at [b, t], log p(input_ids[b, t] | input_ids[b, :t]) and the
-    entropy of that distribution, in nats, where `scored[b, t]`; 0 elsewhere.
+    entropy of that distribution, in nats, where `scored[b, t]`; 0 elsewhere. The entropy is None unless asked for: it
+    costs two more passes over the vocabulary.
 
     p = softmax(logits / temperature), in float32 whatever the model computes in. Gradients flow through the
     log-probabilities; the entropy is for logs and has none.
@@ -75,24 +78,31 @@ def token_logprobs(
     targets = input_ids[scored]  # [N]
     tokens_a_chunk = max(1, CHUNK_NUMEL // head.weight.shape[0])
     chunk_count = max(1, -(-_most(len(targets), most_scored, hidden.device) // tokens_a_chunk))
+    again = torch.is_grad_enabled() and chunk_count > 1  # a single chunk is alive in the backward pass anyway
     pieces = [
-        checkpoint(_chunk_logprobs, head, h, ids, temperature, use_reentrant=False)
-        if torch.is_grad_enabled()
-        else _chunk_logprobs(head, h, ids, temperature)
+        checkpoint(_chunk_logprobs, head, h, ids, temperature, with_entropy, use_reentrant=False)
+        if again
+        else _chunk_logprobs(head, h, ids, temperature, with_entropy)
         for h, ids in zip(chosen.tensor_split(chunk_count), targets.tensor_split(chunk_count), strict=True)
     ]
-    logprobs, entropy = (torch.cat(column) for column in zip(*pieces, strict=True))
-    blank = logprobs.new_zeros(scored.shape)
-    return blank.masked_scatter(scored, logprobs), blank.masked_scatter(scored, entropy)
+
+    def in_place(values):
+        values = torch.cat(values)
+        return values.new_zeros(scored.shape).masked_scatter(scored, values)
+
+    logprobs, entropies = zip(*pieces, strict=True)
+    return in_place(logprobs), in_place(entropies) if with_entropy else None
 
 
-def _chunk_logprobs(head, hidden, targets, temperature):
-    """hidden [n, H], targets [n] -> log-probabilities and entropies, float32 [n]."""
+def _chunk_logprobs(head, hidden, targets, temperature, with_entropy):
+    """hidden [n, H], targets [n] -> log-probabilities and entropies (or None), float32 [n]."""
     logits = head(hidden).float()
     if temperature != 1.0:
         logits = logits / temperature
     normaliser = logits.logsumexp(-1)
     logprobs = logits.gather(-1, targets[:, None])[:, 0] - normaliser
+    if not with_entropy:
+        return logprobs, None
     with torch.no_grad():  # last, so that the recomputation ends before it
         entropy = normaliser - (logits * (logits - normaliser[:, None]).exp()).sum(-1)
     return logprobs, entropy

@@ -127,9 +127,9 @@ def _actor_gradients(learner, experience, micros, advantages, scale, kl_weight, 
     learner.actor.model.train()
     if weights is not None:
         advantages = advantages * weights  # the clipped loss is linear in what is above 0
-    sums, drift = torch.zeros(6, dtype=torch.float64), 0.0
+    sums, drift = torch.zeros(7, dtype=torch.float64), 0.0
     for micro in micros:
-        logprobs, _ = answer_logprobs(learner.actor.model, micro, learner)
+        logprobs, entropy = answer_logprobs(learner.actor.model, micro, learner, with_entropy=True)
         old = micro.part_of(experience.logprobs)
         policy = policy_loss_sum(logprobs, old, micro.part_of(advantages), micro.mask, learner.ppo_args.clip)
         loss, ref_kl = policy.loss, torch.zeros(())
@@ -138,9 +138,9 @@ def _actor_gradients(learner, experience, micros, advantages, scale, kl_weight, 
             ref_kl = (kl if weights is None else kl * micro.part_of(weights))[micro.mask].sum()
             loss = loss + kl_weight * ref_kl
         learner.actor.optimizer.backward(loss * scale)
-        sums += torch.stack([x.detach().double().cpu() for x in (*policy, ref_kl)])
+        sums += torch.stack([x.detach().double().cpu() for x in (*policy, ref_kl, entropy[micro.mask].sum())])
         drift = max(drift, _largest((logprobs.detach() - old).abs()[micro.mask]))
-    names = ("policy", "approx_kl", "clipped", "excess", "excess_squared", "ref_kl")
+    names = ("policy", "approx_kl", "clipped", "excess", "excess_squared", "ref_kl", "entropy")
     return {**dict(zip(names, sums.tolist(), strict=True)), "drift": drift}
 
 
@@ -180,7 +180,8 @@ def _check_first(learner, sums):
         learner,
         drift,
         f"on the first minibatch the probability ratio should be 1, but a log-probability moved by {drift:.3g} "
-        "since the rollout: dropout, another temperature, or weights that changed in between",
+        "since the rollout: dropout, another temperature, weights that changed in between, or (with --old_logprobs "
+        "sampler) a sampler of another policy",
     )
     check_drift(
         learner,
@@ -218,7 +219,6 @@ def describe(learner, experience, paid, kl):
         "objective/scores": experience.scores.mean().item(),
         "objective/scores_std": experience.scores.std(unbiased=False).item(),
         "objective/kl_coef": learner.kl_coef,
-        "policy/entropy_avg": experience.entropy[mask].mean().item(),
         "val/num_eos_tokens": int(rollout.stopped.sum()),
         "val/truncated": int((~rollout.stopped).sum()),
         "val/length": rollout.lengths.double().mean().item(),
@@ -242,6 +242,7 @@ def _outcome(learner, totals):
         "policy/clipfrac_avg": mean.get("clipped", 0.0),
         "loss/policy_avg": mean.get("policy", 0.0),
         "loss/kl_avg": mean.get("ref_kl", 0.0),
+        **({"policy/entropy_avg": mean["entropy"]} if "entropy" in mean else {}),
         **({"loss/ptx": learner.ptx.loss} if learner.ptx is not None else {}),
         "val/ratio": 1 + excess,
         "val/ratio_var": max(mean.get("excess_squared", 0.0) - excess**2, 0.0),

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from megalith.rlhf.experience import check_drift, collect
+from megalith.rlhf.experience import answer_logprobs, check_drift, collect
 from megalith.rlhf.logprobs import token_logprobs
 from megalith.rlhf.ppo import learn
 from megalith.rlhf.strategy import process_group
-from ppo_cases import PROMPTS, make_learner
+from ppo_cases import PAD, PROMPTS, make_learner
 from tiny import make_model
 
 HELD = {
@@ -144,7 +144,7 @@ def test_log_probabilities_are_float32_whatever_the_model_computes_in(ranks):
 
 
 def test_metrics_are_of_answer_tokens_alone(ranks):
-    learner = make_learner(ranks)
+    learner = make_learner(ranks, ppo_epochs=1, train_batch_size=8)
     learn(learner, collect(learner, PROMPTS))
     experience = collect(learner, PROMPTS)
     lengths = experience.rollout.lengths.tolist()
@@ -155,9 +155,12 @@ def test_metrics_are_of_answer_tokens_alone(ranks):
 
     garbage = {
         name: torch.where(experience.rollout.mask, getattr(experience, name), 7.0)
-        for name in ("entropy", "values", "ref_logprobs")
+        for name in ("values", "ref_logprobs")
     }
-    clean = of_tokens(experience.logprobs), of_tokens(experience.ref_logprobs), of_tokens(experience.entropy)
+    [entropy] = experience.rollout.map(
+        lambda micro: answer_logprobs(learner.actor.model, micro, learner, with_entropy=True)[1:], 8, PAD, ranks
+    )
+    clean = of_tokens(experience.logprobs), of_tokens(experience.ref_logprobs), of_tokens(entropy)
     metrics = learn(learner, replace(experience, **garbage))
     assert metrics["objective/kl"] == pytest.approx((sum(clean[0]) - sum(clean[1])) / 8, rel=1e-4, abs=1e-6)
     assert metrics["objective/entropy"] == pytest.approx(-sum(clean[0]) / 8, rel=1e-5)

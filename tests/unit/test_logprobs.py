@@ -36,7 +36,7 @@ def test_every_family(family, small_chunks):
     model.eval()
     with torch.no_grad():
         expected = by_definition(model, ids, scored)
-        actual = token_logprobs(model, ids, scored)
+        actual = token_logprobs(model, ids, scored, with_entropy=True)
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
     assert not actual[0][~scored].any()

@@ -211,6 +211,21 @@ def test_the_split_into_micro_batches_changes_nothing(ranks, expected):
     same(iterate(make_learner(ranks, "ddp", micro_batch_size=3, **changes), 3), expected[0])
 
 
+def test_the_samplers_log_probabilities_save_a_pass_and_change_nothing(ranks, expected, monkeypatch):
+    passes = []
+    genuine = experience_module.answer_logprobs
+    monkeypatch.setattr(
+        experience_module, "answer_logprobs", lambda model, *a: passes.append(model) or genuine(model, *a)
+    )
+    changes = dict(kl_target=1.0, kl_horizon=50.0, normalize_scores=True, average=0.9)
+    learner = make_learner(ranks, "zero3", old_logprobs="sampler", **changes)
+    same(iterate(learner, 3), expected[0], 1e-4)
+    assert passes and learner.actor.model not in passes  # the reference's
+    warm = make_learner(ranks, old_logprobs="sampler", critic_warmup=1)
+    collect(warm, PROMPTS)
+    assert warm.actor.model in passes  # no update of the actor would tell of a wrong sampler
+
+
 def test_what_is_frozen_stays_to_the_bit_and_the_average_is_one(ranks):
     learner = make_learner(ranks, judge=None, average=0.5, ppo_epochs=1, train_batch_size=8)
     before = {part: whole(model) for part, model in (("reference", learner.reference), ("reward", learner.reward))}
@@ -312,8 +327,9 @@ def test_ptx_moves_on_and_without_weight_is_not_read(ranks):
 # What the run checks of itself
 
 
-def test_a_sampler_of_another_policy_is_found(ranks, monkeypatch):
-    learner = make_learner(ranks)
+@pytest.mark.parametrize("compared_with", ["trainer", "sampler"])
+def test_a_sampler_of_another_policy_is_found(ranks, monkeypatch, compared_with):
+    learner = make_learner(ranks, old_logprobs=compared_with)
     genuine = experience_module.sample
 
     def warm(learner, prompts, rows):
@@ -325,8 +341,11 @@ def test_a_sampler_of_another_policy_is_found(ranks, monkeypatch):
             learner.rollout_args = args
 
     monkeypatch.setattr(experience_module, "sample", warm)
-    with pytest.raises(RuntimeError, match="to the sampler and .* to the trainer.*temperature"):
-        collect(learner, PROMPTS)
+    message = "to the sampler and .* to the trainer.*temperature"
+    if compared_with == "sampler":
+        message = "ratio should be 1, but .* moved by .* a sampler of another policy"
+    with pytest.raises(RuntimeError, match=message):
+        learn(learner, collect(learner, PROMPTS))
 
 
 def test_live_dropout_is_found(ranks):
