@@ -26,7 +26,7 @@ from .lanes import Event
 from .layout import ChunkSpec, Slot
 from .placement import ChunkPlacement, disk_name
 from .staging import Staging, alias
-from .tiers import Payload, Storage, Tier, Work
+from .tiers import Payload, Storage, Tier, Work, advise_huge_pages
 
 
 class ShardState(Enum):
@@ -160,6 +160,7 @@ class Chunk:
         if self.state is not ShardState.SHARDED:
             raise RuntimeError(f"chunk {self.name} is {self.state.value} already: only a sharded chunk is unsharded")
         self.full.untyped_storage().resize_(self.full.nbytes)
+        advise_huge_pages(self.full)
         self._storage.ledger.add(Tier.DEVICE, Payload.GATHERED, self.full.nbytes)
         self.state = ShardState.UNSHARDED
 

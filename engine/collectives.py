@@ -1,16 +1,24 @@
 """Collectives over one chunk's flat buffer: free functions, and the only callers of torch.distributed in the hot path.
 
-On gloo they are made of sends and receives straight into slices: gloo's own all-gather and reduce-scatter go through
-fresh temporaries and measure 5 to 6 times slower, at 5 times the CPU time, which on a CPU is the time of the compute.
-The sum over ranks is taken in rank order, so that no bit of it depends on how parameters are cut into chunks.
+Ranks on one host that compute on the CPU read each other's memory, and gloo carries what tells them when. On several
+hosts gloo carries the data too, in sends and receives straight into slices: its own all-gather and reduce-scatter go
+through fresh temporaries and measure 5 to 6 times slower, at 5 times the CPU time, which on a CPU is the time of the
+compute. The sum over ranks is taken in rank order, so that no bit of it depends on how parameters are cut into chunks.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from .peer_memory import PeerMemory, find_peers
+
+PIECE_NUMEL = 1 << 18
+"""Of what is read from a peer and added at once: it stays in the cache."""
 
 
 @dataclass(frozen=True)
@@ -22,14 +30,24 @@ class RankGroup:
     world_size: int
     transfers: dist.ProcessGroup | None
     control: dist.ProcessGroup | None
+    peers: PeerMemory | None = None
+    """The ranks' memory, where all are on one host and compute on the CPU."""
 
     @property
     def is_distributed(self) -> bool:
         return self.world_size > 1
 
     def scratch_numel(self, full: torch.Tensor) -> int:
-        """What a reduction of `full` needs beside its result: the other ranks' slices, which NCCL does not hand out."""
-        return 0 if full.is_cuda or not self.is_distributed else full.numel() // self.world_size * (self.world_size - 1)
+        """What a reduction of `full` needs beside its result: the other ranks' slices, or pieces of them, which NCCL
+        does not hand out."""
+        if full.is_cuda or not self.is_distributed:
+            return 0
+        slice_numel = full.numel() // self.world_size
+        return (self.world_size - 1) * (min(slice_numel, PIECE_NUMEL) if self.reads_peers else slice_numel)
+
+    @property
+    def reads_peers(self) -> bool:
+        return self.peers is not None
 
     def received_bytes(self, full: torch.Tensor) -> int:
         """By each rank, when `full` is gathered or reduced."""
@@ -75,7 +93,8 @@ def make_rank_group(parent: dist.ProcessGroup | None, device: torch.device, time
         )
 
     transfers = new_group("nccl" if device.type == "cuda" else "gloo")
-    return RankGroup(dist.get_rank(parent), world_size, transfers, new_group("gloo"))
+    group = RankGroup(dist.get_rank(parent), world_size, transfers, new_group("gloo"))
+    return group if device.type == "cuda" else replace(group, peers=find_peers(group.gather_objects))
 
 
 def _slices(full: torch.Tensor, world_size: int) -> list[torch.Tensor]:
@@ -93,6 +112,23 @@ def _exchange(sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor],
         work.wait()
 
 
+@contextmanager
+def _exposed(memory: torch.Tensor, group: RankGroup, tag: int) -> Iterator[dict[int, int]]:
+    """{peer: the address of its `memory`}, while all ranks may read what all have written. Nobody goes on before all
+    have read."""
+    peers = _others(group)
+    address = torch.tensor([memory.data_ptr()])
+    addresses = {peer: torch.empty_like(address) for peer in peers}
+    _exchange(dict.fromkeys(peers, address), addresses, group, tag)
+    yield {peer: int(value) for peer, value in addresses.items()}
+    _exchange(dict.fromkeys(peers, address), addresses, group, tag)
+
+
+def _others(group: RankGroup) -> list[int]:
+    """The other ranks, from the next one on, so that not all read from the same one first."""
+    return [(group.rank + step) % group.world_size for step in range(1, group.world_size)]
+
+
 def all_gather_(full: torch.Tensor, group: RankGroup, tag: int) -> None:
     """Fill `full` [numel] from every rank's own slice of it, in place. `tag` tells chunks apart: ranks that gather
     different chunks wait for each other instead of mixing weights. Nothing on meta, as the others."""
@@ -103,8 +139,13 @@ def all_gather_(full: torch.Tensor, group: RankGroup, tag: int) -> None:
     if full.is_cuda:
         dist.all_gather_into_tensor(full, own, group=group.transfers)
         return
-    peers = [peer for peer in range(group.world_size) if peer != group.rank]
-    _exchange({peer: own for peer in peers}, {peer: slices[peer] for peer in peers}, group, tag)
+    if group.peers is not None:
+        with _exposed(own, group, tag) as addresses:
+            for peer, address in addresses.items():
+                group.peers.read(peer, address, slices[peer])
+        return
+    peers = _others(group)
+    _exchange(dict.fromkeys(peers, own), {peer: slices[peer] for peer in peers}, group, tag)
 
 
 def reduce_scatter(full: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor, group: RankGroup, tag: int) -> None:
@@ -116,11 +157,21 @@ def reduce_scatter(full: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor,
     if full.is_cuda:
         dist.reduce_scatter_tensor(out, full, group=group.transfers)
         return
-    peers = [peer for peer in range(group.world_size) if peer != group.rank]
+    own = slices[group.rank]
+    peers = _others(group)
     parts = dict(zip(peers, scratch.view(len(peers), -1), strict=True))
-    _exchange({peer: slices[peer] for peer in peers}, parts, group, tag)
-    parts[group.rank] = slices[group.rank]
-    sum_in_rank_order(parts, group.rank, out)
+    if group.peers is None:
+        _exchange({peer: slices[peer] for peer in peers}, parts, group, tag)
+        sum_in_rank_order(parts | {group.rank: own}, group.rank, out)
+        return
+    with _exposed(full, group, tag) as addresses:
+        for start in range(0, own.numel(), PIECE_NUMEL):
+            part = slice(start, min(start + PIECE_NUMEL, own.numel()))
+            pieces = {peer: parts[peer][: part.stop - part.start] for peer in peers}
+            for peer, address in addresses.items():
+                first = group.rank * own.numel() + part.start
+                group.peers.read(peer, address + first * full.itemsize, pieces[peer])
+            sum_in_rank_order(pieces | {group.rank: own[part]}, group.rank, out[part])
 
 
 def all_reduce(full: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor, group: RankGroup, tag: int) -> None:

@@ -25,6 +25,7 @@ from .budgets import Machine
 from .chunk import Chunk
 from .collectives import RankGroup
 from .manager import Manager
+from .peer_memory import can_read_own
 from .rates import Rates
 from .shard import Engine, Ground, assemble, bind, prepare
 from .tiers import Ledger, Payload, Tier, Work
@@ -164,6 +165,10 @@ class SimulatedGroup(RankGroup):
 
     def scratch_numel(self, full: torch.Tensor) -> int:
         return 0 if self.on_gpu else super().scratch_numel(full)
+
+    @property
+    def reads_peers(self) -> bool:
+        return can_read_own()
 
     def gather_objects(self, value: Any) -> list[Any]:
         return [value] * self.world_size
@@ -397,7 +402,7 @@ def rehearse(
     clocks = Clocks()
     manager = Manager()
     ledger = Observer(clocks, rates, manager.ledger)
-    group = SimulatedGroup(0, world_size, None, None, machine.on_gpu)
+    group = SimulatedGroup(0, world_size, None, None, on_gpu=machine.on_gpu)
     on_meta = meta_copy(model)
     ours = meta_optimizer(model, optimizer, on_meta)
     config, _, parts, storage_plan = prepare(on_meta, ours, lambda: None, options, group, machine, manager)
