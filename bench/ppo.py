@@ -12,7 +12,9 @@ Where the stored bytes do not fit, the run ends with the plan and the reason; `-
 
 import argparse
 import gc
+import json
 import sys
+from pathlib import Path
 
 import psutil
 import torch
@@ -289,9 +291,22 @@ def finish(rows, args, device, ranks):
         "rows": rows,
         "checks": [],
     }
-    print(report.render(record), flush=True)
     if args.json:
+        record["rows"] = earlier_rows(record, args.json) + rows
         report.save(record, args.json)
+    print(report.render(record), flush=True)
+
+
+def earlier_rows(record, path):
+    """Rows of other strategies that a run with the same settings has left in the file: a process whose peak is that of
+    one strategy measures one, and a table is collected by a run each."""
+    if not Path(path).exists():
+        return []
+    earlier = json.loads(Path(path).read_text())
+    if earlier["settings"] != record["settings"]:
+        return []
+    measured = {row["name"] for row in record["rows"]}
+    return [row for row in earlier["rows"] if row["name"] not in measured]
 
 
 def parse_args(argv):
@@ -320,7 +335,9 @@ def parse_args(argv):
     parser.add_argument("--host_budget")
     parser.add_argument("--nvme_dir")
     parser.add_argument("--plan", action="store_true", help="print the memory plan instead of running")
-    parser.add_argument("--json", help="where to keep the record")
+    parser.add_argument(
+        "--json", help="where to keep the record; rows of other strategies in it stay if all else is the same"
+    )
     parser.add_argument("--trl_python", help=f"--recipe trl: an interpreter that has it; or ${ppo_trl.TRL_VARIABLE}")
     parser.add_argument("--updates", type=int, default=8, help="--recipe trl: rollouts a reading")
     args = parser.parse_args(argv)

@@ -20,6 +20,21 @@ def test_plain_models_and_the_engines_are_measured(tmp_path, capsys):
     assert "6 + 4 forced" in capsys.readouterr().out
 
 
+def test_a_table_is_collected_by_a_run_for_each_strategy(tmp_path):
+    path = tmp_path / "record.json"
+
+    def measured(strategy, *others):
+        ppo.main([*SMALL.split(), "--strategy", strategy, "--json", str(path), *others])
+        return {row["name"]: row for row in json.loads(path.read_text())["rows"]}
+
+    first = measured("torch")
+    both = measured("ddp")
+    assert list(both) == ["torch", "ddp"] and both["torch"] == first["torch"]
+    again = measured("torch")
+    assert sorted(again) == ["ddp", "torch"] and again["torch"] != first["torch"] and again["ddp"] == both["ddp"]
+    assert list(measured("ddp", "--max_epochs", "2")) == ["ddp"]  # another setting, another table
+
+
 def test_operations_of_an_episode_by_hand():
     args = ppo.parse_args([*SMALL.split(), "--max_epochs", "2"])
     config = ppo.config_of("tiny")
