@@ -94,6 +94,7 @@ class PlainAdamW(torch.optim.AdamW):
         super().__init__(parameters, fused=True, **options)
         self._max_grad_norm = max_grad_norm
         self.grad_norm = float("nan")
+        self.skipped_steps = 0
 
     def backward(self, loss):
         loss.backward()

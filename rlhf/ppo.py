@@ -73,10 +73,14 @@ def train_epochs(learner, experience, advantages, returns=None, kl_weight=0.0, r
             for optimizer in _once(part.optimizer for part in learner.trained_now):
                 optimizer.zero_grad()
             break
+        skipped = learner.actor.optimizer.skipped_steps
+        # A gradient that is not finite skips the step of its own model alone: policy and critic learn from numbers of
+        # the rollout, which stay what they were, and each has its loss scale.
         for optimizer in _once(part.optimizer for part in learner.trained_now):
             optimizer.step()
             optimizer.zero_grad()
-        if learner.average is not None and learner.actor in learner.trained_now:
+        has_moved = learner.actor in learner.trained_now and learner.actor.optimizer.skipped_steps == skipped
+        if learner.average is not None and has_moved:
             learner.average.update()
         updates += 1
         for name, value in {**sums, "tokens": tokens}.items():
@@ -236,6 +240,7 @@ def _outcome(learner, totals):
             "loss/value_avg": mean.get("value", 0.0),
             "val/clipfrac_avg": mean.get("value_clipped", 0.0),
             "critic_grad_norm": learner.critic.optimizer.grad_norm,
+            "critic_skipped_steps": learner.critic.optimizer.skipped_steps,
         }
     return {
         "policy/approxkl_avg": mean.get("approx_kl", 0.0),
@@ -247,6 +252,7 @@ def _outcome(learner, totals):
         "val/ratio": 1 + excess,
         "val/ratio_var": max(mean.get("excess_squared", 0.0) - excess**2, 0.0),
         "grad_norm": learner.actor.optimizer.grad_norm,
+        "skipped_steps": learner.actor.optimizer.skipped_steps,
         **of_critic,
     }
 

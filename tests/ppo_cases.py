@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import megalith.engine as engine
 import torch
-from megalith.rlhf import ppo_models
+from megalith.rlhf import ppo_models, shared_base
+from megalith.rlhf.arguments import LoraArguments
 from megalith.rlhf.experience import collect
 from megalith.rlhf.learner import Learner, PPOArguments, RewardArguments
 from megalith.rlhf.models import Source
@@ -43,11 +44,20 @@ def unplaced(family="llama", reward=True, reference=True):
     return models
 
 
+def unplaced_on_one_base(judge, seed=5):
+    """Policy and critic, and without `judge` a reward model, as adapters of one model."""
+    lora = LoraArguments(lora_rank=2)
+    actor = ppo_models.unplaced_actor(source_of(), lora_args=lora, seed=seed)
+    return {"actor": shared_base.with_scorers(actor, lora, seed, None, judge is None, True)}
+
+
 def make_learner(ranks, strategy="zero3", family="llama", judge=reward_of_even_tokens, iterations=4, **changes):
     """A Learner with 8 episodes a rollout over all ranks. `judge=None`: a reward model. `changes`: fields of the
-    arguments, whichever they belong to, and `average` (a decay)."""
+    arguments, whichever they belong to, `average` (a decay), `precision`, and `share_base`."""
     rows = len(PROMPTS) // ranks.world_size
     decay = changes.pop("average", None)
+    options = {**options_of(strategy), "precision": changes.pop("precision", "fp32")}
+    is_shared = changes.pop("share_base", False)
     given = {
         RolloutArguments: {"experience_batch_size": rows, "max_new_tokens": 6},
         RewardArguments: {"missing_eos_penalty": 0.25},
@@ -59,9 +69,10 @@ def make_learner(ranks, strategy="zero3", family="llama", judge=reward_of_even_t
         given[owner][name] = value
     made = {group: group(**values) for group, values in given.items()}
     optimization = made[PPOOptimization]
-    models = unplaced(family, judge is None, made[RewardArguments].kl_coef > 0)
+    has_reference = made[RewardArguments].kl_coef > 0
+    models = unplaced_on_one_base(judge) if is_shared else unplaced(family, judge is None, has_reference)
     learner = Learner(
-        **ppo_models.place(models, judge, optimization, iterations, ranks.device, options_of(strategy)),
+        **ppo_models.place(models, judge, optimization, iterations, ranks.device, options),
         pad_id=PAD,
         stop_ids=frozenset([STOP]),
         decode=None,

@@ -6,6 +6,7 @@ import random
 import shlex
 
 import pytest
+from megalith.bench import ppo as benchmark
 from megalith.rlhf import train_reward_model, train_sft
 from stages import metrics, torchrun
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -14,6 +15,7 @@ SFT = "--pretrain 'llama-tiny' --model 'llama' --strategy colossalai_zero2 --log
 SFT += "--dataset data.json --batch_size 4 --accimulation_steps 8 --lr 2e-5"
 REWARD_MODEL = "--pretrain {sft} --model 'llama' --strategy colossalai_zero2 --dataset pairs.json"
 PROMPTS = "prompts.csv --strategy colossalai_zero2 --pretrain {sft} --model 'llama' --pretrain_dataset data.json"
+BENCHMARK = "--model tiny --strategy colossalai_gemini_cpu --experience_batch_size 1 --train_batch_size 1"
 SHORT = "--num_episodes 1 --max_timesteps 2 --max_new_tokens 8 --experience_batch_size 4 --train_batch_size 4"
 
 
@@ -48,3 +50,9 @@ def test_its_three_stages_run_one_after_the_other(folder, capsys):
     rows = metrics(folder / "runs" / "latest")
     assert [row["episode"] for row in rows] == [8, 16] and rows[0]["loss/ptx"] > 0
     AutoModelForCausalLM.from_pretrained("runs/latest/actor", local_files_only=True)
+
+
+def test_its_benchmark_runs(capsys):
+    benchmark.main(shlex.split(f"{BENCHMARK} --prompt_tokens 6 --new_tokens 4 --rounds 1 --device cpu"))
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| gemini_cpu"))
+    assert all(float(cell.split()[0].replace(",", "")) > 0 for cell in row.split("|")[2:6])

@@ -25,6 +25,8 @@ def trajectories(rank, world_size, folder):
     results["average"] = dict(learner.average.whole_weights())
     results["model"] = iterate(make_learner(cpu_ranks(rank, world_size), judge=None), 2)
     results["streamed"] = iterate(make_learner(cpu_ranks(rank, world_size), gather_for_generation="never"), 2)
+    results["one_base"] = iterate(make_learner(cpu_ranks(rank, world_size), judge=None, share_base=True), 2)
+    results["sampler"] = iterate(make_learner(cpu_ranks(rank, world_size), old_logprobs="sampler"), 2)
     results["raises"] = _message(lambda: collect(_judged(rank, world_size, _raising_on(1)), PROMPTS))
     results["short"] = _message(lambda: collect(_judged(rank, world_size, _too_few_on(0)), PROMPTS))
     results["silent"] = _message(lambda: silent_server(rank, world_size))
@@ -127,6 +129,8 @@ def one_rank():
             "rows": rows,
             "model": iterate(make_learner(ranks, judge=None), 2),
             "streamed": iterate(make_learner(ranks), 2),
+            "one_base": iterate(make_learner(ranks, judge=None, share_base=True), 2),
+            "sampler": iterate(make_learner(ranks, old_logprobs="sampler"), 2),
         }
 
 
@@ -141,8 +145,8 @@ def test_two_ranks_have_the_trajectory_of_one(results, one_rank, strategy):
         same(of_rank[strategy], one_rank["rows"])
 
 
-@pytest.mark.parametrize("what", ["model", "streamed"])
-def test_with_a_reward_model_and_with_weights_gathered_token_by_token(results, one_rank, what):
+@pytest.mark.parametrize("what", ["model", "streamed", "one_base", "sampler"])
+def test_with_other_judges_bases_and_ways_to_sample(results, one_rank, what):
     for of_rank in results:
         same(of_rank[what], one_rank[what])
 

@@ -259,6 +259,36 @@ def test_a_warm_up_trains_the_critic_alone(ranks):
     assert any(not torch.equal(tensor, actor[name]) for name, tensor in whole(learner.actor.model).items())
 
 
+def test_an_overflow_skips_the_step_of_its_own_model_alone(ranks):
+    learner = make_learner(ranks, precision="fp16", judge=None, average=0.5, ppo_epochs=1, train_batch_size=8)
+    parts, scale = learner.parts, 2.0**100
+
+    def weights():
+        return {name: whole(part.model) for name, part in parts.items()}
+
+    def moved(before):
+        return {
+            name: any(not torch.equal(tensor, before[name][n]) for n, tensor in now.items())
+            for name, now in weights().items()
+        }
+
+    for overflows in ("critic", "actor"):
+        before, average = weights(), dict(learner.average.whole_weights())
+        finite, parts[overflows].optimizer.scaler.scale = parts[overflows].optimizer.scaler.scale, scale
+        [metrics] = iterate(learner, 1)
+        assert moved(before) == {name: name != overflows for name in parts}
+        assert [metrics["skipped_steps"], metrics["critic_skipped_steps"]] == [int(overflows == "actor"), 1]
+        stayed = all(
+            torch.equal(tensor, average[name]) for name, tensor in dict(learner.average.whole_weights()).items()
+        )
+        assert stayed == (overflows == "actor")  # the average is of updates
+        assert parts[overflows].optimizer.scaler.scale == scale / 2
+        parts[overflows].optimizer.scaler.scale = finite
+    before = weights()
+    iterate(learner, 1)
+    assert moved(before) == dict.fromkeys(parts, True)
+
+
 def test_the_adaptive_price_of_kl(ranks):
     learner = make_learner(ranks, kl_target=1.0, kl_horizon=80.0)
     assert iterate(learner, 1)[0]["objective/kl_coef"] == 0.05
