@@ -21,7 +21,7 @@ import torch
 from transformers import GPT2Config
 
 from .. import engine
-from ..rlhf import ppo_models
+from ..rlhf import memory_plan, ppo_models
 from ..rlhf.arguments import StrategyArguments
 from ..rlhf.errors import InputError, exit_on_input_error
 from ..rlhf.experience import collect
@@ -223,7 +223,8 @@ def planned(strategy, args, device, world_size):
             plan = engine.plan(unplaced.model, world_size=world_size, **options)
             for tier, nbytes in plan.peak_bytes.items():
                 totals[tier.value] = totals.get(tier.value, 0) + nbytes
-        return ppo_models.plans(models, world_size, options), totals
+        rehearsals = {name: memory_plan.Rehearsal(unplaced.model) for name, unplaced in models.items()}
+        return memory_plan.plans(rehearsals, options, world_size), totals
     itemsize = 2 if args.precision == "bf16" else 4
     count = {name: sum(p.numel() for p in unplaced.model.parameters()) for name, unplaced in models.items()}
     stored = sum(count.values()) * itemsize + 3 * itemsize * (count["actor"] + count["critic"])

@@ -13,11 +13,12 @@ from .collectives import RankGroup
 from .config import EngineConfig, StatePrecision
 from .layout import ChunkSpec, Layout, pack
 from .machine import read_machine
+from .manager import Manager
 from .placement import StoragePlan
 from .plan_table import forecast_lines
 from .rates import Rates
 from .rehearsal import Forecast, rehearse
-from .shard import layout_specs, optimizer_groups
+from .shard import layout_specs, optimizer_groups, within
 from .tiers import Payload, Tier
 
 
@@ -105,6 +106,8 @@ def plan(
     step: Callable[[nn.Module], torch.Tensor] | None = None,
     rates: Rates | None = None,
     on_gpu: bool | None = None,
+    manager: Manager | None = None,
+    watch: Callable[[], None] = lambda: None,
     **options,
 ) -> Plan:
     """What each of `world_size` ranks stores when `model` (on meta or not; it is only read) is given to `initialize`
@@ -113,6 +116,8 @@ def plan(
     `step` makes it a rehearsal: a function from the model, here a copy on meta, to the loss of a micro-batch of inputs
     on meta. It is trained for some steps, and `forecast` tells peaks by tier, payload and moment, activations, bytes
     moved, and with `rates` the time of a step. `on_gpu`: whether the planned machine has one (None: whether this does).
+    `manager`: as in `initialize`, of engines that share budgets. One for plans alone: what is planned to be at rest is
+    entered there. `watch` is called with every operation of a rehearsal, and ends it when it raises.
 
     Raises as `initialize` does for wrong options and budgets, RuntimeError for a model that needs data on its way, and
     ValueError where `rates` lack what the plan does.
@@ -124,6 +129,9 @@ def plan(
     if isinstance(accumulation_steps, bool) or not isinstance(accumulation_steps, int) or accumulation_steps < 1:
         raise ValueError(f"accumulation_steps={accumulation_steps!r}: must be a whole number, at least 1")
     config = EngineConfig.from_keywords(**options)
+    if manager is not None:
+        config = within(manager, config)
+        options = options | {"device_budget": config.device_budget, "host_budget": config.host_budget}
     if optimizer is None:
         group_of = {parameter: 0 for parameter in model.parameters() if parameter.requires_grad}
     else:
@@ -139,6 +147,8 @@ def plan(
     machine = read_machine(device, RankGroup(0, 1, None, None))
     if on_gpu is not None:
         machine = replace(machine, on_gpu=on_gpu)
+    if manager is not None:
+        machine = replace(machine, working_bytes=manager.working_bytes)
     storage_plan = plan_storage(layout, config, 0, world_size, machine)
     forecast = None
     if step is not None:
@@ -151,15 +161,29 @@ def plan(
             accumulation_steps=accumulation_steps,
             machine=machine,
             rates=rates,
+            watch=watch,
         )
+    at_rest = {tier: dict(payloads) for tier, payloads in storage_plan.at_rest().items()}
+    if manager is not None:
+        _enter(manager, storage_plan, config)
     return Plan(
         config,
         layout,
-        {tier: dict(payloads) for tier, payloads in storage_plan.at_rest().items()},
+        at_rest,
         _gathered_peak(storage_plan, config),
         gradient_peak(layout, storage_plan.placements, config, accumulation_steps),
         forecast,
     )
+
+
+def _enter(manager: Manager, storage_plan: StoragePlan, config: EngineConfig) -> None:
+    """What an engine would have in its manager's ledger between two steps."""
+    for tier, payloads in storage_plan.at_rest().items():
+        for payload, nbytes in payloads.items():
+            manager.ledger.add(tier, payload, nbytes)
+    window = gathered_window(storage_plan.layout, storage_plan.placements, config)
+    working = window + gradient_peak(storage_plan.layout, storage_plan.placements, config, 2)
+    manager.working_bytes = max(manager.working_bytes, working)
 
 
 def _gathered_peak(storage_plan: StoragePlan, config: EngineConfig) -> int:

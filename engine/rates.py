@@ -5,13 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from ..kernels import AdamHyper, fused_adam_
+from .collectives import RankGroup, all_gather_, make_rank_group
 from .config import Precision
 from .nvme import NvmeStore
 from .tiers import Work
-
-_TRIAL_S = 0.15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,79 +58,89 @@ def measure_rates(
     device: torch.device | str | None = None,
     precision: str = "fp32",
     nvme_dir: str | None = None,
-    collective_bytes: float | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    trial_s: float = 0.15,
 ) -> Rates:
-    """Rates of this machine in 2 to 5 seconds: of one rank that has it to itself. What ranks exchange is not measured:
-    give `collective_bytes` where there are several."""
+    """Rates of this machine, each of some trials for `trial_s`, in all 2 to 5 seconds: of one rank that has it to
+    itself, or with `process_group` of its ranks, which all call this, while all of them do the same."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    group = RankGroup(0, 1, None, None) if process_group is None else make_rank_group(process_group, device, 60)
+    trial, kind = _Trial(device, trial_s, group), Precision(precision)
     on_gpu = device.type == "cuda"
-    host_adam = _adam_numel(torch.device("cpu"), Precision(precision))
-    copies = _copy_bytes(device)
-    reads, writes = _disk_bytes(nvme_dir) if nvme_dir is not None else (None, None)
-    return Rates(
-        compute_flops=_compute_flops(device, Precision(precision).dtype),
-        memory_bytes=_memory_bytes(device, Precision(precision).dtype),
-        call_s=_call_s(device),
+    host_adam = _adam_numel(trial, torch.device("cpu"), kind)
+    copies = _copy_bytes(trial)
+    reads, writes = _disk_bytes(trial, nvme_dir) if nvme_dir is not None else (None, None)
+    rates = Rates(
+        compute_flops=_compute_flops(trial, kind.dtype),
+        memory_bytes=_memory_bytes(trial, kind.dtype),
+        call_s=_call_s(trial),
         host_adam_numel=host_adam,
-        device_adam_numel=_adam_numel(device, Precision(precision)) if on_gpu else host_adam,
+        device_adam_numel=_adam_numel(trial, device, kind) if on_gpu else host_adam,
         link_in_bytes=copies[0],
         link_out_bytes=copies[1],
         disk_read_bytes=reads,
         disk_write_bytes=writes,
-        collective_bytes=collective_bytes,
+        collective_bytes=_collective_bytes(trial) if group.is_distributed else None,
         host_computes=not on_gpu,
     )
+    for ranks in filter(None, (group.transfers, group.control)):
+        dist.destroy_process_group(ranks)
+    return rates
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Of one call: the median of as many as fit in the trial's time, at least 3."""
+@dataclass(frozen=True)
+class _Trial:
+    device: torch.device
+    at_least_s: float
+    group: RankGroup
 
-    def once() -> float:
-        start = time.perf_counter()
+    def seconds_of(self, work: Callable[[], object], times: int | None = None) -> float:
+        """Of one call: the median of `times`, by default of as many as fit, at least 3. All ranks begin at once."""
+        self.group.barrier()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    once()
-    times = [once() for _ in range(3)]
-    while sum(times) < _TRIAL_S:
-        times.append(once())
-    return sorted(times)[len(times) // 2]
-
-
-def _compute_flops(device: torch.device, dtype: torch.dtype) -> float:
-    rows, inner, columns = (8192, 8192, 8192) if device.type == "cuda" else (512, 768, 2048)
-    left = torch.randn(rows, inner, device=device).to(dtype)
-    right = torch.randn(columns, inner, device=device).to(dtype)
-    return 2 * rows * inner * columns / _seconds(lambda: torch.nn.functional.linear(left, right), device)
+        readings: list[float] = []
+        while len(readings) < (times or 3) or (times is None and sum(readings) < self.at_least_s):
+            start = time.perf_counter()
+            work()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            readings.append(time.perf_counter() - start)
+        return sorted(readings)[len(readings) // 2]
 
 
-def _memory_bytes(device: torch.device, dtype: torch.dtype) -> float:
-    values = torch.ones(2**28 if device.type == "cuda" else 2**23, device=device, dtype=dtype)
+def _compute_flops(trial: _Trial, dtype: torch.dtype) -> float:
+    rows, inner, columns = (8192, 8192, 8192) if trial.device.type == "cuda" else (512, 768, 2048)
+    left = torch.randn(rows, inner, device=trial.device).to(dtype)
+    right = torch.randn(columns, inner, device=trial.device).to(dtype)
+    return 2 * rows * inner * columns / trial.seconds_of(lambda: torch.nn.functional.linear(left, right))
+
+
+def _memory_bytes(trial: _Trial, dtype: torch.dtype) -> float:
+    values = torch.ones(2**28 if trial.device.type == "cuda" else 2**23, device=trial.device, dtype=dtype)
     out = torch.empty_like(values)
-    return 2 * values.nbytes / _seconds(lambda: torch.mul(values, 1.5, out=out), device)
+    return 2 * values.nbytes / trial.seconds_of(lambda: torch.mul(values, 1.5, out=out))
 
 
-def _call_s(device: torch.device) -> float:
-    values = torch.ones(16, device=device)
+def _call_s(trial: _Trial) -> float:
+    values = torch.ones(16, device=trial.device)
 
     def hundred() -> None:
         for _ in range(100):
             values.add_(1.0)
 
-    return _seconds(hundred, device) / 100
+    return trial.seconds_of(hundred) / 100
 
 
-def _copy_bytes(device: torch.device) -> tuple[float, float]:
-    on_host = torch.ones(2**27 if device.type == "cuda" else 2**24, dtype=torch.uint8)
-    on_host = on_host.pin_memory() if device.type == "cuda" else on_host
-    on_device = torch.empty_like(on_host, device=device)
-    inwards = _seconds(lambda: on_device.copy_(on_host), device)
-    return on_host.nbytes / inwards, on_host.nbytes / _seconds(lambda: on_host.copy_(on_device), device)
+def _copy_bytes(trial: _Trial) -> tuple[float, float]:
+    on_gpu = trial.device.type == "cuda"
+    on_host = torch.ones(2**27 if on_gpu else 2**24, dtype=torch.uint8)
+    on_host = on_host.pin_memory() if on_gpu else on_host
+    on_device = torch.empty_like(on_host, device=trial.device)
+    inwards = trial.seconds_of(lambda: on_device.copy_(on_host))
+    return on_host.nbytes / inwards, on_host.nbytes / trial.seconds_of(lambda: on_host.copy_(on_device))
 
 
-def _adam_numel(device: torch.device, precision: Precision) -> float:
+def _adam_numel(trial: _Trial, device: torch.device, precision: Precision) -> float:
     numel = 2**26 if device.type == "cuda" else 2**22
     dtype = precision.dtype
     weight, grad = (torch.ones(numel, dtype=dtype, device=device) for _ in range(2))
@@ -146,16 +156,28 @@ def _adam_numel(device: torch.device, precision: Precision) -> float:
     def update() -> None:
         fused_adam_(weight, grad, exp_avg, exp_avg_sq, hyper, factor=factor, found_inf=found_inf, **rest)
 
-    return numel / _seconds(update, device)
+    return numel / trial.seconds_of(update)
 
 
-def _disk_bytes(folder: str) -> tuple[float, float]:
+def _collective_bytes(trial: _Trial) -> float:
+    """Of weights that are gathered: the same number of times on all ranks, which wait for each other."""
+    group = trial.group
+    full = torch.ones((2**26 if trial.device.type == "cuda" else 2**22) * group.world_size, device=trial.device)
+    return group.received_bytes(full) / trial.seconds_of(lambda: all_gather_(full, group, 0), times=5)
+
+
+def _disk_bytes(trial: _Trial, folder: str) -> tuple[float, float]:
     """Of reads and writes of a file past the page cache where the filesystem has that."""
     values = torch.ones(2**26, dtype=torch.uint8)
-    store = NvmeStore(folder, 0, {"trial": values.nbytes})
+    store, error = None, None
     try:
-        writing = _seconds(lambda: store.write("trial", values).wait(), torch.device("cpu"))
-        reading = _seconds(lambda: store.read("trial", values).wait(), torch.device("cpu"))
+        store = NvmeStore(folder, trial.group.rank, {"trial": values.nbytes})
+    except Exception as caught:
+        error = caught
+    trial.group.barrier(error)
+    try:
+        writing = trial.seconds_of(lambda: store.write("trial", values).wait())
+        reading = trial.seconds_of(lambda: store.read("trial", values).wait())
     finally:
         store.close()
     return values.nbytes / reading, values.nbytes / writing

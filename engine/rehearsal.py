@@ -251,13 +251,15 @@ class ObservedTrace(AccessTrace):
 class Operations(TorchDispatchMode):
     """Sees every operation of the model: what it computes, moves and allocates."""
 
-    def __init__(self, ledger: Observer, clocks: Clocks) -> None:
+    def __init__(self, ledger: Observer, clocks: Clocks, watch: Callable[[], None]) -> None:
         super().__init__()
         self._ledger = ledger
         self._clocks = clocks
+        self._watch = watch
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        self._watch()
         if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return _assumed(args[0])
         result = function(*args, **kwargs)
@@ -397,8 +399,10 @@ def rehearse(
     accumulation_steps: int,
     machine: Machine,
     rates: Rates | None,
+    watch: Callable[[], None],
 ) -> Forecast:
-    """Some steps of training, or without anything to train some passes, of a copy of `model` on meta."""
+    """Some steps of training, or without anything to train some passes, of a copy of `model` on meta. `watch` is called
+    with every operation."""
     clocks = Clocks()
     manager = Manager()
     ledger = Observer(clocks, rates, manager.ledger)
@@ -414,7 +418,7 @@ def rehearse(
     ledger.begin_steps()
     before, flops, busy, started, first_moment = Counter(), 0, Counter(), 0.0, 0
     FlashAttention().watch(on_meta)
-    with Operations(ledger, clocks):
+    with Operations(ledger, clocks, watch):
         for _ in range(STEPS):
             before, flops, busy = ledger.work.copy(), ledger.flops, clocks.busy.copy()
             started, first_moment = clocks.now[COMPUTE], len(ledger.moments)

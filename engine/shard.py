@@ -266,7 +266,7 @@ def prepare(
     manager: Manager,
 ) -> tuple[EngineConfig, PretrainedFolder | None, ModelParts, StoragePlan]:
     """All that can be wrong without anything having been allocated."""
-    config = _within(manager, EngineConfig.from_keywords(**options))
+    config = within(manager, EngineConfig.from_keywords(**options))
     for name, module in model.named_modules():
         if _ENGINE_ATTRIBUTE in module.__dict__:
             raise ValueError(
@@ -376,7 +376,7 @@ def _check_same_model(
             raise ValueError(f"rank {rank} and rank 0 called initialize() with different {' and '.join(different)}")
 
 
-def _within(manager: Manager, config: EngineConfig) -> EngineConfig:
+def within(manager: Manager, config: EngineConfig) -> EngineConfig:
     """With the budgets that the manager's other engines have left. Raises ValueError where the engine has its own."""
     for field, tier in (("device_budget", Tier.DEVICE), ("host_budget", Tier.HOST)):
         left = manager.left(tier)

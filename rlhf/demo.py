@@ -24,6 +24,7 @@ from .data import write_rows
 from .decoding import generate
 from .demo_data import make_pairs, make_rows, make_texts, write_base_model
 from .demo_report import print_report, read_jsonl, write_curves
+from .memory_plan import Rehearsal, plans
 from .models import load_source
 from .run_stage import run_stage
 from .sampling import SamplingOptions
@@ -92,7 +93,7 @@ def memory_plan(folder, ranks):
     models["reference"] = ppo_models.frozen(ppo_models.unplaced_actor(source))
     models["reward"] = ppo_models.unplaced_reward_model(source)
     options = engine_options(StrategyArguments(strategy="zero3"), torch.device("cpu"), 1.0, 0)
-    return ppo_models.plans(models, ranks, options)
+    return plans({name: Rehearsal(unplaced.model) for name, unplaced in models.items()}, options, ranks)
 
 
 def supervised(sizes, ranks, steps, **others):

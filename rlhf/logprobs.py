@@ -76,22 +76,40 @@ def token_logprobs(
     hidden = hidden_states(decoder, input_ids, attention_mask, position_ids)
     chosen = hidden[:, :-1][scored[:, 1:]]  # [N, H]; position t of the logits predicts token t + 1
     targets = input_ids[scored]  # [N]
-    tokens_a_chunk = max(1, CHUNK_NUMEL // head.weight.shape[0])
+    tokens_a_chunk = _tokens_a_chunk(head)
     chunk_count = max(1, -(-_most(len(targets), most_scored, hidden.device) // tokens_a_chunk))
+    logprobs, entropy = _in_chunks(head, chosen, targets, temperature, with_entropy, chunk_count)
+
+    def in_place(values):
+        return None if values is None else values.new_zeros(scored.shape).masked_scatter(scored, values)
+
+    return in_place(logprobs), in_place(entropy)
+
+
+def last_logprobs(model, input_ids, count):
+    """Log-probabilities float32 [B * count] of the last `count` tokens of each row of input_ids [B, T], as
+    `token_logprobs` computes them; also on meta."""
+    decoder, head = decoder_and_head(model)
+    chosen = hidden_states(decoder, input_ids)[:, -count - 1 : -1].flatten(0, 1)
+    targets = input_ids[:, -count:].flatten()
+    return _in_chunks(head, chosen, targets, 1.0, False, -(-len(targets) // _tokens_a_chunk(head)))[0]
+
+
+def _tokens_a_chunk(head):
+    return max(1, CHUNK_NUMEL // head.weight.shape[0])
+
+
+def _in_chunks(head, hidden, targets, temperature, with_entropy, chunk_count):
+    """hidden [N, H], targets [N] -> log-probabilities and entropies (or None), float32 [N]."""
     again = torch.is_grad_enabled() and chunk_count > 1  # a single chunk is alive in the backward pass anyway
     pieces = [
         checkpoint(_chunk_logprobs, head, h, ids, temperature, with_entropy, use_reentrant=False)
         if again
         else _chunk_logprobs(head, h, ids, temperature, with_entropy)
-        for h, ids in zip(chosen.tensor_split(chunk_count), targets.tensor_split(chunk_count), strict=True)
+        for h, ids in zip(hidden.tensor_split(chunk_count), targets.tensor_split(chunk_count), strict=True)
     ]
-
-    def in_place(values):
-        values = torch.cat(values)
-        return values.new_zeros(scored.shape).masked_scatter(scored, values)
-
     logprobs, entropies = zip(*pieces, strict=True)
-    return in_place(logprobs), in_place(entropies) if with_entropy else None
+    return torch.cat(logprobs), torch.cat(entropies) if with_entropy else None
 
 
 def _chunk_logprobs(head, hidden, targets, temperature, with_entropy):

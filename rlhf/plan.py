@@ -81,8 +81,8 @@ class Case:
 def chosen_rates(plan_args, options, device):
     """Raises InputError for a rate that is not one."""
     if plan_args.machine == "here":
-        collective = 1e9 if plan_args.world_size > 1 else None  # a guess, which --rates replaces
-        rates = engine.measure_rates(device, options["precision"], options["nvme_dir"], collective)
+        rates = engine.measure_rates(device, options["precision"], options["nvme_dir"])
+        rates = dataclasses.replace(rates, collective_bytes=1e9)  # a guess, which --rates replaces
     else:
         rates = MACHINES[plan_args.machine]
     known = [field.name for field in dataclasses.fields(engine.Rates) if field.name != "host_computes"]

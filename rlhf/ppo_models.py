@@ -17,6 +17,7 @@ from .lora import NEW_PARAMETERS as ADAPTER_PARAMETERS
 from .models import Source, build_on_meta, decay_groups, disable_dropout
 from .reward_model import NEW_PARAMETERS as HEAD_PARAMETERS
 from .reward_model import build_reward_model, forget_normalization, normalization
+from .strategy import split_budgets
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,7 @@ def place(models, judge, optimization, iterations, device, options, optimizers=N
     """Give the models of {"actor", "critic", "reference", "reward": Unplaced} (as far as there are any) to the engine;
     returns those fields of a Learner. `judge`: what rewards where no model does. `optimizers`: {"actor",
     "critic"} that the caller has made, or None. The budgets of `options` are for all models together."""
-    options = dict(options)
-    budgets = {name: options.pop(name, None) for name in ("device_budget", "host_budget")}
+    budgets, options = split_budgets(options)
     manager = engine.Manager(**budgets)
 
     if any(hasattr(models["actor"].model, head) for head in shared_base.HEADS.values()):
@@ -193,15 +193,3 @@ def _adamw(model, lr, optimization):
 def _adamw_of(groups, optimization):
     betas = (optimization.adam_beta1, optimization.adam_beta2)
     return torch.optim.AdamW(groups, betas=betas, eps=optimization.adam_epsilon)
-
-
-def plans(named, world_size, options):
-    """The memory plan of every model in {name: Unplaced}, as text, with their sum by tier."""
-    lines, totals = [], {}
-    for name, unplaced in named.items():
-        plan = engine.plan(unplaced.model, world_size=world_size, **options)
-        lines.append(f"{name}: {plan}")
-        for tier, nbytes in plan.peak_bytes.items():
-            totals[tier.value] = totals.get(tier.value, 0) + nbytes
-    total = ", ".join(f"{tier} {nbytes / 1e6:,.1f} MB" for tier, nbytes in totals.items())
-    return "\n".join([*lines, f"all models at most, per rank, without activations: {total}"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from .. import engine
-from . import checkpoints, ppo_models, shared_base
+from . import checkpoints, memory_plan, ppo_models, shared_base
 from .arguments import resolved, write_config
 from .errors import InputError
 from .learner import Learner
@@ -39,6 +39,8 @@ class RLRun:
             self._describe()
             self._save_path.mkdir(parents=True, exist_ok=True)
             write_config(self._save_path / "arguments.yaml", options.groups)
+        rehearsals = rehearsals_of(options, preparation)
+        memory_plan.describe(rehearsals, preparation.device, preparation.options, ranks)
         self.learner = make_learner(options, preparation, ranks)
         self._cursor = (0, 0)
         if preparation.checkpoint is not None:
@@ -64,7 +66,6 @@ class RLRun:
                 "warning: no --rm_path, --reward_function or --reward_url: the reward model (and a critic) start "
                 "from --pretrain, so that the reward's head is random and the run shows that it works, no more"
             )
-        print(ppo_models.plans(prepared.models, self.ranks.world_size, prepared.options), flush=True)
 
     def next_prompts(self):
         """The prompts of the next rollout, those of all ranks."""
@@ -111,6 +112,27 @@ class RLRun:
             for name, part in self.learner.engines.items():
                 print(f"{name}:\n{memory_table(engine.memory_report(part.model))}")
             print(f"saved to {self._save_path}", flush=True)
+
+
+def rehearsals_of(options, preparation):
+    """{name: Rehearsal} of a minibatch of the longest answers to the longest prompts."""
+    update, rollout = options.update, options.rollout
+    prompt = max(preparation.prompts, key=lambda each: len(each.ids) + rollout.new_tokens(each))
+    answer = rollout.new_tokens(prompt)
+    rows, micro_batches = memory_plan.minibatch_on_meta(
+        update.train_batch_size, update.micro_batch_size or update.train_batch_size, len(prompt.ids) + answer
+    )
+    score, policy = memory_plan.score_step(rows), memory_plan.logprob_step(rows, answer)
+    learning = [policy] * micro_batches
+    if preparation.ptx_samples:
+        longest = max(map(len, preparation.ptx_samples))
+        learning.append(memory_plan.logprob_step(memory_plan.rows_on_meta(options.prompts.ptx_batch_size, longest)))
+    steps = {"actor": memory_plan.in_turn(learning), "critic": score, "reference": policy, "reward": score}
+    counts = {"actor": len(learning)}
+    return {
+        name: memory_plan.Rehearsal(unplaced.model, steps[name], counts.get(name, micro_batches))
+        for name, unplaced in preparation.models.items()
+    }
 
 
 def make_learner(options, preparation, ranks):

@@ -68,6 +68,13 @@ def engine_options(strategy_args, device, max_grad_norm, seed):
     return options
 
 
+def split_budgets(options):
+    """(what an engine.Manager takes of the keywords of `engine.initialize`, the rest)."""
+    names = ("device_budget", "host_budget")
+    budgets = {name: options.get(name) for name in names}
+    return budgets, {name: value for name, value in options.items() if name not in names}
+
+
 def choose_device(name):
     """The device of this rank for "auto", "cpu" or "cuda". Raises InputError for CUDA where there is none."""
     if name == "cuda" and not torch.cuda.is_available():

@@ -30,11 +30,12 @@ from .eval_samples import comparison_samples
 from .logprobs import token_logprobs
 from .lora import adapters_off, add_adapters
 from .losses import ranking_loss_sum, ranking_metrics
+from .memory_plan import Rehearsal, logprob_step
 from .models import build_on_meta, disable_dropout, load_source
 from .preferences import collate_comparisons
 from .strategy import process_group
 from .tokenizer import pad_id
-from .train_rm import describe_data, load_comparisons
+from .train_rm import answers_on_meta, describe_data, load_comparisons
 from .training import TrainingRun, load_into_engine, prepare
 
 
@@ -63,6 +64,17 @@ GROUPS = (
 def answer_logprobs(model, input_ids, answered):
     """log p(answer | prompt) [N], summed over the answers' own tokens."""
     return token_logprobs(model, input_ids, answered)[0].sum(1)
+
+
+def with_adapters_off(step):
+    """A Rehearsal's step that asks the policy without its adapters first."""
+
+    def loss_of(policy):
+        with torch.no_grad(), adapters_off(policy):
+            step(policy)
+        return step(policy)
+
+    return loss_of
 
 
 def implicit_rewards(policy, reference, comparisons, beta, pad, device):
@@ -113,12 +125,17 @@ def train(model_args, lora_args, strategy_args, data_args, optim_args, output_ar
     with process_group(device) as ranks:
         if ranks.is_first:
             describe_data(data_args.dataset, schema, found)
-        run = TrainingRun(
-            policy, source, comparisons, ranks, preparation, optim_args, output_args, groups, found.fingerprint()
-        )
-        reference = None
-        if not lora_args.lora_rank:
-            reference, _ = load_into_engine(build().requires_grad_(False), None, source, preparation)
+        rows = answers_on_meta(comparisons, optim_args.batch_size)
+        reference, others, step = None, {}, logprob_step(rows)
+        if lora_args.lora_rank:
+            step = with_adapters_off(step)
+        else:
+            reference = build().requires_grad_(False)
+            others = {"reference": Rehearsal(reference, step, optim_args.accumulation_steps)}
+        settings = (preparation, optim_args, output_args, groups)
+        run = TrainingRun(policy, source, comparisons, ranks, *settings, found.fingerprint(), step, others)
+        if reference is not None:
+            reference, _ = load_into_engine(reference, None, source, preparation, run.manager)
         deal_to = (ranks.rank, ranks.world_size, optim_args.batch_size)
 
         def log_evaluation():

@@ -30,6 +30,7 @@ from .errors import InputError, exit_on_input_error
 from .eval_samples import comparison_samples
 from .lora import add_adapters
 from .losses import ranking_loss_sum, ranking_metrics
+from .memory_plan import rows_on_meta, score_step
 from .models import load_source
 from .preferences import collate_comparisons, encode_preferences, fit_comparisons, read_preferences
 from .reward_model import build_reward_model, last_token_scores, set_normalization
@@ -76,6 +77,12 @@ def describe_data(path, schema, comparisons):
         f"{sum(map(len, comparisons.samples))} tokens, {comparisons.truncated} prompts cut on the left, "
         f"{comparisons.dropped} dropped (answers too long, tied, the same, or of different prompts)"
     )
+
+
+def answers_on_meta(comparisons, batch_size):
+    """A micro-batch of `batch_size` comparisons, each with most answers and each answer the longest."""
+    longest = max(len(answer) for comparison in comparisons for answer in comparison.answers)
+    return rows_on_meta(batch_size * max(len(comparison.answers) for comparison in comparisons), longest)
 
 
 def score(model, comparisons, pad, device):
@@ -128,8 +135,9 @@ def train(model_args, lora_args, strategy_args, data_args, optim_args, output_ar
     with process_group(device) as ranks:
         if ranks.is_first:
             describe_data(data_args.dataset, schema, found)
+        step = score_step(answers_on_meta(comparisons, optim_args.batch_size))
         run = TrainingRun(
-            model, source, comparisons, ranks, preparation, optim_args, output_args, groups, found.fingerprint()
+            model, source, comparisons, ranks, preparation, optim_args, output_args, groups, found.fingerprint(), step
         )
         deal_to = (ranks.rank, ranks.world_size, optim_args.batch_size)
 

@@ -28,6 +28,7 @@ from .errors import InputError, exit_on_input_error
 from .eval_samples import answer_samples
 from .lora import add_adapters
 from .losses import completion_loss_sum
+from .memory_plan import language_step, rows_on_meta
 from .models import build_on_meta, load_source
 from .packing import check_packable, pack
 from .strategy import process_group
@@ -94,8 +95,9 @@ def train_on(samples, held_out, fingerprint, model, source, ranks, preparation, 
     optim_args = next(group for group in groups if isinstance(group, OptimizationArguments))
     output_args = next(group for group in groups if isinstance(group, OutputArguments))
     pad, device = pad_id(source.tokenizer), preparation.device
-    run = TrainingRun(model, source, samples, ranks, preparation, optim_args, output_args, groups, fingerprint)
     deal_to = (ranks.rank, ranks.world_size, optim_args.batch_size)
+    step = language_step(rows_on_meta(optim_args.batch_size, max(map(len, samples))))
+    run = TrainingRun(model, source, samples, ranks, preparation, optim_args, output_args, groups, fingerprint, step)
 
     def log_evaluation():
         samples = answer_samples(model, held_out, source.tokenizer, ranks)

@@ -28,6 +28,7 @@ from . import ppo_models
 from .errors import InputError
 from .experience import collect
 from .learner import Learner, PPOArguments, RewardArguments
+from .memory_plan import Rehearsal, plans
 from .models import Source
 from .ppo import learn
 from .ppo_models import PPOOptimization, Unplaced
@@ -203,6 +204,9 @@ class PPOTrainer:
                 config = AutoConfig.from_pretrained(reward_model.folder, local_files_only=True)
                 models["reward"] = replace(models["reward"], statistics=normalization(config))
         iterations = optimization.num_episodes * optimization.max_timesteps // rollout_args.update_timesteps
+        if strategy.ranks.is_first:
+            rehearsals = {name: Rehearsal(each.model) for name, each in models.items()}
+            print(plans(rehearsals, strategy.options, strategy.ranks.world_size), flush=True)
         placed = ppo_models.place(
             models,
             reward_model,

@@ -6,19 +6,20 @@ import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
 from transformers import get_scheduler
 
 from .. import engine
-from . import checkpoints, lora, reward_model
+from . import checkpoints, lora, memory_plan, reward_model
 from .arguments import resolved, write_config
 from .batches import steps_per_epoch, windows
 from .metrics import MetricsLog, PeakMemory, Throughput, memory_table
 from .models import decay_groups
 from .samples import SamplesLog
-from .strategy import check_world_size, choose_device, engine_options
+from .strategy import check_world_size, choose_device, engine_options, split_budgets
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,10 @@ def prepare(strategy_args, optim_args, output_args):
 NEW_PARAMETERS = (*lora.NEW_PARAMETERS, *reward_model.NEW_PARAMETERS)
 
 
-def load_into_engine(model, optimizer, source, preparation, allow_missing=NEW_PARAMETERS):
-    """`engine.initialize` with the weights of `source`; adapters and a new score head keep their own initial values."""
+def load_into_engine(model, optimizer, source, preparation, manager=None, allow_missing=NEW_PARAMETERS):
+    """`engine.initialize` with the weights of `source`; adapters and a new score head keep their own initial values.
+    `manager`: has the budgets of `preparation`, for several models."""
+    options = preparation.options if manager is None else split_budgets(preparation.options)[1]
     return engine.initialize(
         model,
         optimizer,
@@ -49,7 +52,8 @@ def load_into_engine(model, optimizer, source, preparation, allow_missing=NEW_PA
         allow_missing=allow_missing,
         stored_name=lora.stored_name,
         device=preparation.device,
-        **preparation.options,
+        manager=manager,
+        **options,
     )
 
 
@@ -57,9 +61,24 @@ class TrainingRun:
     """The model, its optimizer and schedule, at some step of a run. Made by every rank, inside the process group.
 
     `groups`: the stage's argument groups, written beside the model. `samples`: the rows that windows are made of.
+    `step`: what the model does with a micro-batch, for the plan (memory_plan.Rehearsal); `others`: {name: Rehearsal} of
+    the run's other models, which share its `manager`.
     """
 
-    def __init__(self, model, source, samples, ranks, preparation, optim_args, output_args, groups, fingerprint):
+    def __init__(
+        self,
+        model,
+        source,
+        samples,
+        ranks,
+        preparation,
+        optim_args,
+        output_args,
+        groups,
+        fingerprint,
+        step,
+        others=MappingProxyType({}),
+    ):
         self.ranks, self.device = ranks, preparation.device
         self.save_path = Path(output_args.save_path)
         self._optim_args, self._output_args = optim_args, output_args
@@ -69,18 +88,20 @@ class TrainingRun:
             len(samples), ranks.world_size, optim_args.batch_size, optim_args.accumulation_steps
         )
         self.total_steps = optim_args.max_steps or optim_args.max_epochs * steps_an_epoch
-        if ranks.is_first:
-            print(engine.plan(model, world_size=ranks.world_size, **preparation.options), flush=True)
-            self.save_path.mkdir(parents=True, exist_ok=True)
-            write_config(self.save_path / "arguments.yaml", groups)
-
-        self._hooks = (Throughput(model, ranks.world_size), PeakMemory(preparation.device))
         optimizer = torch.optim.AdamW(
             decay_groups(model.parameters(), optim_args.weight_decay),
             lr=optim_args.lr,
             betas=(optim_args.adam_beta1, optim_args.adam_beta2),
         )
-        self.model, self.optimizer = load_into_engine(model, optimizer, source, preparation)
+        of_model = memory_plan.Rehearsal(model, step, optim_args.accumulation_steps, optimizer)
+        memory_plan.describe({"model": of_model, **others}, self.device, preparation.options, ranks)
+        if ranks.is_first:
+            self.save_path.mkdir(parents=True, exist_ok=True)
+            write_config(self.save_path / "arguments.yaml", groups)
+
+        self._hooks = (Throughput(model, ranks.world_size), PeakMemory(preparation.device))
+        self.manager = engine.Manager(**split_budgets(preparation.options)[0])
+        self.model, self.optimizer = load_into_engine(model, optimizer, source, preparation, self.manager)
         self.model.train()
         warmup_steps = round(optim_args.warmup_ratio * self.total_steps)
         self._scheduler = get_scheduler(optim_args.lr_scheduler_type, self.optimizer, warmup_steps, self.total_steps)
