@@ -14,7 +14,7 @@ def test_it_runs_from_random_weights_to_the_table_and_starts_clean(tmp_path, cap
     (folder / "ppo" / "left_over").touch()
     demo.main(["--tiny", "--ranks", "1", "--output", str(folder)])
     printed = capsys.readouterr().out
-    assert f"Everything is written to {folder}" in printed and "all models at most, per rank" in printed
+    assert f"Everything is written to {folder}" in printed and "all 4 models, per rank" in printed
     for stage in ("train_pretrain", "train_sft", "train_rm", "train_ppo", "eval"):
         assert f"$ python -m megalith.rlhf.{stage} " in printed
     table = printed[printed.index("exact, sampled") :].splitlines()

@@ -50,7 +50,8 @@ def test_the_announcements_command_and_its_output(folder, capsys):
     train_ppo.main(command(folder, out, "--pretrain_dataset", str(folder / "text.json"), "--ema_decay", "0.5"))
     printed = capsys.readouterr().out
     assert "5 prompts, 0 dropped" in printed and "first prompt: 'hello'" in printed
-    assert "warning: no --rm_path" in printed and "reference: " in printed and "all models at most" in printed
+    assert "warning: no --rm_path" in printed and "reference: " in printed and "all 4 models" in printed
+    assert printed.count("predicted: ") == 4 and "not rehearsed" not in printed
     rows = metrics(out)
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[-1]["episode"] == 16
     assert rows[0]["objective/kl"] == 0 and rows[-1]["loss/ptx"] < rows[0]["loss/ptx"]
