@@ -22,6 +22,8 @@ class ModelParts:
     blocks: tuple[tuple[str, tuple[str, ...]], ...]
     """(name, its parameters' names) in execution order. Every parameter is in one block: a tied one in the first."""
     units: tuple[Unit, ...]
+    block_modules: tuple[str, ...]
+    """The names of the modules that are blocks."""
 
 
 def find_parts(model: nn.Module, max_numel: int) -> ModelParts:
@@ -61,7 +63,7 @@ def find_parts(model: nn.Module, max_numel: int) -> ModelParts:
                 blocks[-1][1].extend(new)
                 placed.update(new)
                 open_numel += sum(parameter.numel() for parameter in own_parameters(module))
-    return ModelParts(tuple((name, tuple(fqns)) for name, fqns in blocks), tuple(units))
+    return ModelParts(tuple((name, tuple(fqns)) for name, fqns in blocks), tuple(units), tuple(block_names))
 
 
 def own_parameters(module: nn.Module) -> list[nn.Parameter]:

@@ -88,12 +88,18 @@ class EngineConfig:
     left to do after it, and gradients are not kept. What is updated cannot be taken back. So a gradient that is not
     finite is an error of `step()` instead of skipping it, each backward pass needs its own `step()`, and the learning
     rates are those of the backward pass. Needs one rank, no max_grad_norm and another precision than fp16."""
+    offload_activations: bool = False
+    """Keep the saved inputs of checkpointed blocks on the host from the forward to the backward pass, copied out and
+    back while blocks compute; the last block's stays. Needs activation checkpointing of the model's blocks, of either
+    kind (`gradient_checkpointing_enable`, or torch.utils.checkpoint around each): where no block of a model in training
+    is checkpointed, its forward pass raises RuntimeError. What blocks save without it, and logits, stays."""
     device_budget: int | str | None = None
     """Bytes of device memory for what the engine stores, activations not among it. In stage 3, weights stay gathered
     while they fit in it. None: with placement="auto", six tenths of what a GPU has free, three of a CPU's memory."""
     host_budget: int | str | None = None
-    """Bytes of host memory for what the engine stores. placement="nvme" keeps gradients there while they fit until the
-    step, and else on the drive too; None: half of what this machine has free, nine tenths with a GPU."""
+    """Bytes of host memory for what the engine stores, offloaded activations not among it. placement="nvme" keeps
+    gradients there while they fit until the step, and else on the drive too; None: half of what this machine has free,
+    nine tenths with a GPU."""
     nvme_dir: str | None = None
     """Folder of a local drive (placement="nvme" or "auto"). What is written there is gone when the process ends."""
     nvme_ring: int | str = "96MB"
@@ -145,6 +151,8 @@ class EngineConfig:
             reject("max_grad_norm", "must be a number above 0, or None for no clipping")
         if not isinstance(self.update_in_backward, bool):
             reject("update_in_backward", "must be True or False")
+        if not isinstance(self.offload_activations, bool):
+            reject("offload_activations", "must be True or False")
         if self.update_in_backward and self.max_grad_norm is not None:
             reject("update_in_backward", "needs max_grad_norm=None: the norm of all gradients clips each of them")
         if self.update_in_backward and self.precision == Precision.FP16.value:

@@ -15,15 +15,15 @@ So ranks issue the same transfers in the same order whichever parameters their d
 units.
 """
 
-import dataclasses
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd import Variable
 
+from .activations import ActivationOffload
 from .blocks import Unit
 from .budgets import choose_evictions
 from .chunk_group import ChunkGroup
@@ -31,6 +31,7 @@ from .config import EngineConfig
 from .gradients import ChunkGradient, GradientTraffic
 from .layout import Slot
 from .manager import Manager
+from .nested import tensors_in
 from .tiers import Payload, Tier
 
 
@@ -82,6 +83,7 @@ class Schedule:
         """With update_in_backward: something was updated since the last step."""
         self.is_broken = False
         """With update_in_backward: a part of the chunks is a step ahead of the others."""
+        self.activations: ActivationOffload | None = None
 
     # Weights
 
@@ -196,6 +198,8 @@ class Schedule:
         if torch._C._current_graph_task_id() == -1:
             for unit in self.units:
                 unit.depth = 0
+            if self.activations is not None:
+                self.activations.reset()
             self._drop_pins("forward ")
 
     def recover(self) -> None:
@@ -309,6 +313,8 @@ class Schedule:
         self._done.clear()
         self._reduced.clear()
         self._drop_pins("backward ")
+        if self.activations is not None:
+            self.activations.end_backward()
 
     def _drop_pins(self, prefix: str) -> None:
         for group in self.groups:
@@ -422,25 +428,3 @@ class UnitHooks:
 
 def _apart(value: Any, given: set[int]) -> Any:
     return value.view_as(value) if isinstance(value, torch.Tensor) and id(value) in given else value
-
-
-def tensors_in(value: Any, in_objects: bool = True, depth: int = 0) -> Iterable[torch.Tensor]:
-    """The tensors in nested tuples, lists and mappings, and if `in_objects` in the attributes of other objects
-    (dataclasses).
-
-    A block's inputs are looked for without objects: a cache of keys and values holds those of other blocks, whose
-    gradients are complete much later than the block's own.
-    """
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item, in_objects, depth)
-    elif isinstance(value, list | tuple | set):
-        for item in value:
-            yield from tensors_in(item, in_objects, depth)
-    elif in_objects and dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, field.name), in_objects, depth)
-    elif in_objects and hasattr(value, "__dict__") and not isinstance(value, type | nn.Module) and depth < 2:
-        yield from tensors_in(list(vars(value).values()), in_objects, depth + 1)

@@ -220,7 +220,8 @@ class Observer(Ledger):
         return sum(self.bytes(tier, Payload.GRADIENT) for tier in Tier)
 
     def _look(self) -> None:
-        passing = self._gradient_bytes() - self._gradient_bytes_at_rest
+        # What lies elsewhere is on meta too.
+        passing = self._gradient_bytes() - self._gradient_bytes_at_rest + self.bytes(Tier.HOST, Payload.ACTIVATION)
         stored, activations = self.tier_bytes(Tier.DEVICE), max(self._other_bytes - passing, 0)
         self.activation_peak_bytes = max(self.activation_peak_bytes, activations)
         self.device_peak_bytes = max(self.device_peak_bytes, stored + activations)

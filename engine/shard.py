@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .activations import ActivationOffload
 from .blocks import ModelParts, find_parts
 from .budgets import Machine, check_budgets, gathered_window, gradient_peak, plan_storage, ring_itemsizes
 from .chunk import Chunk
@@ -21,12 +22,13 @@ from .chunk_group import ChunkGroup
 from .collectives import RankGroup, make_rank_group
 from .config import EngineConfig, Precision, StatePrecision, check_folder
 from .gradients import GradientTraffic
-from .hooks import Schedule, UnitHooks, tensors_in
+from .hooks import Schedule, UnitHooks
 from .lanes import InlineLane, Lane, make_lane, on_worker
 from .layout import Layout, ParamSpec, pack
 from .machine import read_machine
 from .manager import Manager
 from .materialize import initialize_parameters, rebuild_buffers
+from .nested import tensors_in
 from .nvme import NvmeStore
 from .optimizer import ZeroOptimizer, read_adam_groups
 from .parameter_names import persistent_buffer_names
@@ -186,7 +188,7 @@ def assemble(
     storage.reserve_host(storage_plan.slab_bytes)
     if storage_plan.uses_disk:
         ledger.add(Tier.HOST, Payload.STAGING, storage_plan.staging_bytes)
-    lanes = _make_lanes(ground.make_lane, placements, rank_group)
+    lanes = _make_lanes(ground.make_lane, placements, rank_group, config)
     staging_bytes = WEIGHT_STAGING_BYTES if storage_plan.uses_disk else 0
     traffic = GradientTraffic(
         rank_group, lanes.transfers, BufferPool(storage, Payload.GRADIENT), ledger, Staging(device, staging_bytes)
@@ -216,6 +218,10 @@ def assemble(
     window_bytes = gathered_window(layout, placements, config)
     schedule = Schedule(groups, config, traffic, gradient_peak_bytes, window_bytes, manager)
     _register_hooks(model, parts, groups, schedule, config)
+    if config.offload_activations:
+        chunks = [chunk for group in groups for chunk in group.chunks]
+        schedule.activations = ActivationOffload(chunks, device, lanes.activations, ledger, config.prefetch)
+        schedule.activations.register(model, parts.block_modules)
     zero_optimizer = None
     if optimizer is not None:
         stream = None
@@ -284,6 +290,11 @@ def prepare(
     folder = open_folder()
     group_of = optimizer_groups(model, optimizer)
     parts = find_parts(model, config.max_chunk_numel)
+    if config.offload_activations and not parts.block_modules:
+        raise ValueError(
+            "offload_activations=True, and the model has no blocks: it has neither _no_split_modules nor an "
+            "nn.ModuleList of modules"
+        )
     layout = pack(
         layout_specs(model, parts, group_of, config),
         rank_group.world_size,
@@ -422,9 +433,13 @@ class Lanes:
     """Weights that come from where they are at rest."""
     updates: Lane
     """The step of chunks whose state is offloaded."""
+    activations: Lane
+    """Saved inputs of blocks, out and back in."""
 
 
-def _make_lanes(make: Callable[[str, bool], Lane], placements: list[ChunkPlacement], rank_group: RankGroup) -> Lanes:
+def _make_lanes(
+    make: Callable[[str, bool], Lane], placements: list[ChunkPlacement], rank_group: RankGroup, config: EngineConfig
+) -> Lanes:
     fetches = any(placement.weight_tier is not Tier.DEVICE for placement in placements)
     updates = any(placement.optimizer_tier is not Tier.DEVICE for placement in placements)
     on_disk = any(placement.weight_tier is Tier.NVME for placement in placements)
@@ -436,6 +451,7 @@ def _make_lanes(make: Callable[[str, bool], Lane], placements: list[ChunkPlaceme
         lane("transfers", rank_group.is_distributed or fetches or updates),
         lane("copies", fetches),
         lane("updates", updates),
+        make("activations", False) if config.offload_activations else InlineLane("activations"),
     )
 
 
@@ -598,7 +614,7 @@ def _close(lanes: Lanes, store: NvmeStore | None, ledger: Ledger) -> None:
     if on_worker():  # where the garbage collector came by in the middle of a transfer, whose locks the thread holds
         threading.Thread(target=_close, args=(lanes, store, ledger), name="closing of an engine").start()
         return
-    for lane in (lanes.copies, lanes.updates, lanes.transfers):
+    for lane in (lanes.copies, lanes.updates, lanes.transfers, lanes.activations):
         lane.close()
     if store is not None:
         store.close()

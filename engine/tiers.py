@@ -38,6 +38,8 @@ class Payload(Enum):
     EXP_AVG_SQ = "exp_avg_sq"
     SCALES = "scales"
     """Of moments in 8 bits: two float32 for every 256 elements."""
+    ACTIVATION = "activation"
+    """Saved inputs of checkpointed blocks on the host, between the forward and the backward pass."""
     STAGING = "staging"
     """Host buffers that what is on a drive goes through."""
 

@@ -71,6 +71,12 @@ class StrategyArguments:
     )
     host_budget: str | None = HfArg(default=None, help="the same for host memory")
     nvme_dir: str | None = HfArg(default=None, help="gemini_nvme: a folder on a local drive, emptied in the end")
+    state_precision: Literal["exact", "8bit"] = HfArg(
+        default="exact", help="8bit: Adam's moments in a byte each, on every tier"
+    )
+    offload_activations: bool = HfArg(
+        default=False, help="keep the blocks' saved inputs on the host; needs --gradient_checkpointing"
+    )
 
 
 @dataclass(frozen=True)

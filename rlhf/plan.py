@@ -19,7 +19,7 @@ from .. import engine
 from .arguments import ModelArguments, StrategyArguments, parse
 from .errors import InputError, exit_on_input_error, nearest, require
 from .models import build_on_meta, load_source
-from .strategy import STRATEGIES, choose_device, engine_options
+from .strategy import STRATEGIES, check_checkpointing, choose_device, engine_options
 
 # Sustained rates of one of the eight GPUs of a node that are assumed, not measured: products in bf16; a link and a
 # network of its own; its eighth of the node's memory bandwidth (300 GB/s, 28 bytes a parameter) and of four drives.
@@ -151,6 +151,7 @@ def changes_of(case, plan):
 
 
 def report(case):
+    check_checkpointing(case.strategy, case.model)
     source = load_source(case.model)
     device = choose_device(case.strategy.device) if case.plan.machine == "here" else torch.device("cuda")
 

@@ -20,7 +20,7 @@ from .prompts import read_prompts
 from .rewards import http_reward, load_function
 from .rollout import RolloutArguments
 from .shared_base import statistics_of, with_scorers
-from .strategy import check_world_size, choose_device, engine_options
+from .strategy import check_checkpointing, check_world_size, choose_device, engine_options
 from .train_sft import load_samples
 
 
@@ -142,6 +142,7 @@ def prepare(options):
     """Read everything that `options` name; a Preparation. Raises InputError for what is missing or does not fit
     together."""
     check_world_size(options.strategy)
+    check_checkpointing(options.strategy, options.model)
     device = choose_device(options.strategy.device)
     optimization, rollout_args, prompt_args = options.optimization, options.rollout, options.prompts
     engine_keywords = engine_options(options.strategy, device, optimization.max_grad_norm, optimization.seed)

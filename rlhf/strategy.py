@@ -58,6 +58,8 @@ def engine_options(strategy_args, device, max_grad_norm, seed):
         "device_budget": strategy_args.device_budget,
         "host_budget": strategy_args.host_budget,
         "nvme_dir": strategy_args.nvme_dir,
+        "state_precision": strategy_args.state_precision,
+        "offload_activations": strategy_args.offload_activations,
         "max_grad_norm": max_grad_norm,
         "seed": seed,
     }
@@ -94,6 +96,12 @@ def check_world_size(strategy_args):
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if strategy_args.strategy.removeprefix("colossalai_") == "naive" and world_size > 1:
         raise InputError(f"--strategy naive is for one process and there are {world_size}: use ddp")
+
+
+def check_checkpointing(strategy_args, model_args):
+    """Raises InputError for activations that go to the host where blocks do not compute again."""
+    if strategy_args.offload_activations and not model_args.gradient_checkpointing:
+        raise InputError("--offload_activations moves the inputs of checkpointed blocks: add --gradient_checkpointing")
 
 
 @contextlib.contextmanager

@@ -107,7 +107,7 @@ def evaluate(policy, reference, comparisons, deal_to, beta, pad, device):
 
 def train(model_args, lora_args, strategy_args, data_args, optim_args, output_args, dpo_args):
     groups = (model_args, lora_args, strategy_args, data_args, optim_args, output_args, dpo_args)
-    preparation = prepare(strategy_args, optim_args, output_args)
+    preparation = prepare(model_args, strategy_args, optim_args, output_args)
     source = load_source(model_args)
     pad, device, beta = pad_id(source.tokenizer), preparation.device, dpo_args.beta
 

@@ -119,7 +119,7 @@ def evaluate(model, comparisons, deal_to, pad, device, reward_args):
 
 def train(model_args, lora_args, strategy_args, data_args, optim_args, output_args, reward_args):
     groups = (model_args, lora_args, strategy_args, data_args, optim_args, output_args, reward_args)
-    preparation = prepare(strategy_args, optim_args, output_args)
+    preparation = prepare(model_args, strategy_args, optim_args, output_args)
     source = load_source(model_args)
     pad, device = pad_id(source.tokenizer), preparation.device
 

@@ -124,7 +124,7 @@ def train(model_args, lora_args, strategy_args, data_args, packing_args, optim_a
     groups = (model_args, lora_args, strategy_args, data_args, packing_args, optim_args, output_args)
 
     # Everything that a user can get wrong is read before any rank waits for another.
-    preparation = prepare(strategy_args, optim_args, output_args)
+    preparation = prepare(model_args, strategy_args, optim_args, output_args)
     source = load_source(model_args)
 
     def build():

@@ -19,7 +19,7 @@ from .batches import steps_per_epoch, windows
 from .metrics import MetricsLog, PeakMemory, Throughput, memory_table
 from .models import decay_groups
 from .samples import SamplesLog
-from .strategy import check_world_size, choose_device, engine_options, split_budgets
+from .strategy import check_checkpointing, check_world_size, choose_device, engine_options, split_budgets
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class Preparation:
     checkpoint: Path | None  # to resume from
 
 
-def prepare(strategy_args, optim_args, output_args):
+def prepare(model_args, strategy_args, optim_args, output_args):
     check_world_size(strategy_args)
+    check_checkpointing(strategy_args, model_args)
     device = choose_device(strategy_args.device)
     options = engine_options(strategy_args, device, optim_args.max_grad_norm, optim_args.seed)
     return Preparation(device, options, checkpoints.choose(output_args.save_path, output_args.resume))

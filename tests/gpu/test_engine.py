@@ -67,3 +67,33 @@ def test_host_placement_keeps_device_memory_to_what_the_plan_says_and_flat():
     report = engine.memory_report(model)
     for tier, nbytes in plan.peak_bytes.items():
         assert report[tier.value]["total"]["peak_bytes"] == pytest.approx(nbytes, rel=0.05)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_offloaded_activations_change_no_bit_and_lower_the_peak(reentrant):
+    rows = torch.randint(0, 97, (8, 512), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+
+    def train_one(**options):
+        model = make_model("llama", hidden_size=256, num_hidden_layers=24, max_position_embeddings=512)
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-3)
+        model, optimizer = engine.initialize(model, optimizer, precision="bf16", max_grad_norm=1.0, **options)
+        peaks = []
+        for _ in range(4):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            model(input_ids=rows, labels=rows).loss.backward()
+            peaks.append(torch.cuda.max_memory_allocated() - before)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert peaks[-1] == peaks[-2]
+        with engine.gathered(model):
+            return [parameter.clone() for parameter in model.parameters()], peaks[-1]
+
+    kept, kept_peak = train_one()
+    for options in ({}, {"placement": "host"}, {"placement": "host", "prefetch": 3}):
+        offloaded, peak = train_one(offload_activations=True, **options)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(offloaded, kept, strict=True)), options
+        if not options:
+            saved = (24 - 4) * 8 * 512 * 256 * 2
+            assert kept_peak - peak > 0.9 * saved

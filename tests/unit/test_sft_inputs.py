@@ -9,6 +9,7 @@ from megalith.rlhf.arguments import ModelArguments, StrategyArguments
 from megalith.rlhf.errors import InputError
 from megalith.rlhf.models import PRESETS, build_on_meta, load_source
 from megalith.rlhf.strategy import STRATEGIES, engine_options
+from stages import metrics
 
 CPU = torch.device("cpu")
 
@@ -42,6 +43,7 @@ def run(tmp_path, dataset, *argv):
         (["--eval_fraction", "0.9"], "leaves none of 4 rows"),
         (["--strategy", "gemini_nvme"], "placement='nvme' needs a folder on a local drive"),
         (["--resume"], "has no checkpoint"),
+        (["--offload_activations"], "--offload_activations moves the inputs of checkpointed blocks"),
     ],
 )
 def test_mistakes_end_with_one_line_and_write_nothing(tmp_path, dataset, capsys, argv, message):
@@ -51,6 +53,22 @@ def test_mistakes_end_with_one_line_and_write_nothing(tmp_path, dataset, capsys,
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_activations_on_the_host_and_moments_in_8_bits_are_options(tmp_path, dataset):
+    rows = {}
+    variants = {
+        "exact": [],
+        "8bit": ["--state_precision", "8bit"],
+        "offloaded": ["--state_precision", "8bit", "--offload_activations"],
+    }
+    for name, flags in variants.items():
+        common = "--max_epochs 3 --batch_size 2 --accumulation_steps 1 --log_interval 1 --tensorboard false --lr 1e-2"
+        path = tmp_path / name
+        run(tmp_path, dataset, *common.split(), "--gradient_checkpointing", "--save_path", str(path), *flags)
+        rows[name] = [(row["loss"], row["grad_norm"]) for row in metrics(path)]
+    assert rows["offloaded"] == rows["8bit"] != rows["exact"]
+    assert len(rows["exact"]) == 6
 
 
 def test_folders_without_config_or_safetensors_are_refused(tmp_path):
