@@ -18,7 +18,7 @@ and 64 where DynamicCache reads 64 and 67, and generate_batch 10.
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -40,6 +40,9 @@ class _Plan:
     """The first column that is written, where it is the same in all rows."""
     columns: torch.Tensor | None = None
     """[B]: the column of each row that is written instead, for Q = 1."""
+    places: dict[int, torch.Tensor] = field(default_factory=dict)
+    """By number of heads, where `columns` lie in a layer's memory [rows * heads * columns, head_dim]: one index [B *
+    heads] for the layers of a pass."""
     sources: torch.Tensor | None = None
     """[B, Q]: rows come padded on the left, and this tells which of the Q goes to column 0, 1, … of each."""
     offset: int = 0
@@ -108,8 +111,12 @@ class _Layer(CacheLayerMixin):
 
 def _write(stored: torch.Tensor, new: torch.Tensor, plan: _Plan) -> None:
     if plan.columns is not None:
-        # index_put_ does the same in twice as many calls, and this is done twice a layer.
-        stored[plan.rows].scatter_(2, plan.columns[:, None, None, None].expand_as(new), new)
+        # scatter_ would turn all of a 16-bit cache into float32 and back, on a CPU; index_put_ makes more calls.
+        heads, columns = stored.shape[1:3]
+        if heads not in plan.places:
+            first = torch.arange(len(plan.columns) * heads, device=new.device).view(-1, heads) * columns
+            plan.places[heads] = (first + plan.columns[:, None]).flatten()
+        stored.view(-1, stored.shape[3]).index_copy_(0, plan.places[heads], new.flatten(0, 2))
         return
     if plan.sources is not None:
         new = new.gather(2, plan.sources[:, None, :, None].expand_as(new))
