@@ -65,7 +65,7 @@ def choose_tiers(
     The device keeps what is used last in the forward pass whole, weights and state, beside the room for blocks in use
     and for gradients. Of the rest, the host takes weights first, which would be read twice and written once a step from
     the drive, and then state (read once, written once) of the chunks that the next step needs first. The drive has the
-    remainder.
+    remainder. Without a device_budget, what has to be there is, whatever room was read.
     """
     count = len(layout.chunks)
 
@@ -82,10 +82,14 @@ def choose_tiers(
         )  # the drive costs more room for gradients
         return device_peak(tiers(on_device, rest_on_host, rest_on_host), config, working_bytes)
 
-    if device_need(0) > device_room:
+    least = device_need(0)
+    if least > device_room and config.device_budget is None:
+        # A room that was read is a guess, and this need a bound that supposes micro-batches: the least is tried.
+        device_room = least
+    if least > device_room:
         raise OutOfBudgetError(
             f"device_budget is {device_room} bytes, and with all else offloaded the blocks in use and their gradients "
-            f"take {device_need(0)}: raise it, or lower prefetch or max_chunk_numel"
+            f"take {least}: raise it, or lower prefetch or max_chunk_numel"
         )
     on_device = _largest(count, lambda number: device_need(number) <= device_room)
     left = count - on_device

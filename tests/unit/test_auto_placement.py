@@ -102,6 +102,17 @@ def test_without_budgets_it_reads_the_machine():
     assert engine.memory_report(model).keys() == {"device"}
 
 
+def test_a_room_that_was_read_is_no_limit(monkeypatch):
+    """Too little for the blocks in use by the plan's bounds, which suppose micro-batches: the least is put there."""
+    monkeypatch.setattr(shard, "read_machine", lambda device, group: budgets.Machine(False, 5000, 10**9))
+    states = []
+    for placement in ("device", "auto"):
+        model, optimizer = initialized(llama, placement=placement)
+        fit(model, optimizer, language_loss, 2)
+        states.append(state_of(model))
+    assert differing(*states) == [] and "exp_avg" not in engine.memory_report(model)["device"]
+
+
 PROGRAMS = {
     "mixtral": (lambda: make_model("mixtral", num_hidden_layers=3), language_loss),
     "skipped blocks": (Skipping, lambda model, step: model(X, step).square().mean()),
