@@ -8,7 +8,7 @@ import megalith.engine as engine
 import torch
 from launch import run_ranks
 from megalith.engine.lanes import random_delay
-from megalith.engine.tiers import Tier, Work
+from megalith.engine.tiers import Work
 from tiny import batches, make_model, rank_rows, weights_of
 
 SEEDS = 6
