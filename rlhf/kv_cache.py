@@ -44,7 +44,7 @@ class _Plan:
     """By number of heads, where `columns` lie in a layer's memory [rows * heads * columns, head_dim]: one index [B *
     heads] for the layers of a pass."""
     sources: torch.Tensor | None = None
-    """[B, Q]: rows come padded on the left, and this tells which of the Q goes to column 0, 1, … of each."""
+    """[B * Q]: rows come padded on the left, and this tells which token of the B * Q goes to column 0, 1, … of each."""
     offset: int = 0
     """Position of the first query in masks, which transformers takes to be one for all rows."""
     is_static: bool = False
@@ -119,7 +119,9 @@ def _write(stored: torch.Tensor, new: torch.Tensor, plan: _Plan) -> None:
         stored.view(-1, stored.shape[3]).index_copy_(0, plan.places[heads], new.flatten(0, 2))
         return
     if plan.sources is not None:
-        new = new.gather(2, plan.sources[:, None, :, None].expand_as(new))
+        # Whole tokens are moved, as they lie in memory: a gather would go number by number.
+        tokens = new.transpose(1, 2)
+        new = tokens.flatten(0, 1).index_select(0, plan.sources).view_as(tokens).transpose(1, 2)
     stored[plan.rows, :, plan.start : plan.start + new.shape[2]] = new
 
 
@@ -183,7 +185,8 @@ class KVCache(Cache):
         plan = _Plan(slice(first, first + len(lengths)), stop=longest)
         mask = None
         if min(lengths) < longest:
-            plan.sources = (columns + padding).clamp(max=longest - 1)  # what is behind a row's end is never seen
+            behind = (columns + padding).clamp(max=longest - 1)  # what is behind a row's end is never seen
+            plan.sources = (torch.arange(len(lengths), device=device).unsqueeze(1) * longest + behind).flatten()
             mask = columns >= padding
         self._plan(plan)
         return mask, (columns - padding).clamp(min=0)
