@@ -6,10 +6,12 @@ DeepSpeed lives in an environment of its own, where megalith is not installed: s
 """
 
 import contextlib
+import copy
 import importlib.metadata
 import json
 import os
 import re
+import statistics
 import sys
 import time
 import types
@@ -76,6 +78,8 @@ def main():
             # What the rest of the machine did meanwhile, of all its cores: it tells a reading taken in noise.
             "other_load_share": max(0.0, busy_s - cpu_s) / (wall_s * psutil.cpu_count()),
         }
+        if options.peer == "beside_plain":
+            metrics |= step.metrics(options.steps, tokens.numel())
         if store:
             metrics["drive_bytes"] = moved_bytes
             metrics["drive_floor_s"] = moved_bytes / drive_bytes_per_s(options.nvme_dir)
@@ -181,6 +185,36 @@ def build_megalith(model, options, device):
     return torch_step(model, optimizer)
 
 
+def build_beside_plain(model, options, device):
+    plain = copy.deepcopy(model)
+    return BesidePlain(build_plain(plain, options, device), build_megalith(model, options, device))
+
+
+class BesidePlain:
+    """megalith's step and plain PyTorch's in turns in one process. Processes of one program differ by a tenth here, in
+    where their pages lie and what their cores do, and two that take turns have this in common."""
+
+    def __init__(self, plain, own):
+        self._steps = {"plain": plain, "own": own}
+        self._seconds = {"plain": [], "own": []}
+
+    def __call__(self, tokens):
+        losses = {}
+        order = list(self._steps) if len(self._seconds["own"]) % 2 else list(reversed(self._steps))
+        for name in order:
+            start_s = time.perf_counter()
+            losses[name] = self._steps[name](tokens)
+            if tokens.is_cuda:
+                torch.cuda.synchronize()
+            self._seconds[name].append(time.perf_counter() - start_s)
+        return losses["own"]
+
+    def metrics(self, steps, numel):
+        """Of the last `steps` steps of each, of `numel` tokens."""
+        own_s, plain_s = (statistics.median(self._seconds[name][-steps:]) for name in ("own", "plain"))
+        return {"tokens_per_s": numel / own_s, "step_s": own_s, "speed_beside_plain": plain_s / own_s}
+
+
 def drive_of(model, options):
     """The store of the engine's drive, which counts what is moved, or None."""
     if options.peer != "megalith" or options.placement != "nvme":
@@ -203,6 +237,7 @@ BUILDERS = {
     "fsdp2": build_fsdp2,
     "deepspeed": build_deepspeed,
     "megalith": build_megalith,
+    "beside_plain": build_beside_plain,
 }
 
 
