@@ -99,7 +99,7 @@ def test_a_wrong_option_is_refused_with_what_to_write_instead(argv, told, capsys
 def test_run_on_a_tiny_model(tmp_path, capsys):
     fields = "hidden_size=32,intermediate_size=64,num_hidden_layers=2,num_attention_heads=2,num_key_value_heads=2"
     argv = ["--model", f"llama-34m,{fields},vocab_size=64", "--batch_size", "1", "--seq_len", "16", "--steps", "2"]
-    argv += ["--rounds", "1", "--only", "plain", "megalith", "--timeout_s", "120"]
+    argv += ["--rounds", "1", "--only", "megalith", "megalith-beside-plain", "--timeout_s", "120"]
     assert step.main([*argv, "--json", str(tmp_path / "r.json"), "--trace", str(tmp_path)]) == 0, (
         capsys.readouterr().out
     )
