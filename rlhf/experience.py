@@ -30,7 +30,8 @@ class Experience:
     scores: torch.Tensor  # [B], raw
     logprobs: torch.Tensor  # [B, T], of the policy that sampled, computed as in training or by the sampler
     ref_logprobs: torch.Tensor  # [B, T]; the policy's own where there is no reference
-    values: torch.Tensor  # [B, T], of the state before each token; 0 without a critic
+    values: torch.Tensor | None
+    """[B, T], of the state before each token; 0 without a critic. None: the first update brings them."""
     timing: dict
 
 
@@ -62,7 +63,9 @@ def collect(learner, prompts):
         with nullcontext(learner.reference) if learner.reference else adapters_off(learner.actor.model) as reference:
             [ref_logprobs] = judged(lambda micro: answer_logprobs(reference, micro, learner)[:1])
     values = torch.zeros_like(logprobs)
-    if learner.critic is not None:
+    if learner.values_come_with_update(len(rollout)):
+        values = None
+    elif learner.critic is not None:
         [values] = judged(lambda micro: [answer_values(learner.critic.model, micro, learner.value_statistics)])
     if isinstance(learner.reward, torch.nn.Module):
         [scores] = judged(lambda micro: [last_scores(learner.reward, micro)])

@@ -180,6 +180,12 @@ class Learner:
         sampler's are right."""
         return self.ppo_args.old_logprobs == "trainer" or self.actor not in self.trained_now
 
+    def values_come_with_update(self, count):
+        """Whether the critic says what `count` episodes are worth in the forward pass of its first update: where one
+        micro-batch holds them all, a pass for the values alone would compute the same."""
+        rows = min(self.micro_batch_size, self.ppo_args.train_batch_size)
+        return self.critic is not None and count <= rows * self.ranks.world_size
+
     @property
     def parts(self):
         """{name: Trained} of all that is ever trained."""

@@ -9,6 +9,7 @@ What GRPO does otherwise is in `grpo`; its epochs are these.
 """
 
 import time
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,10 @@ def learn(learner, experience):
     """Train actor and critic on an Experience; returns the metrics of the iteration. A collective."""
     start = time.perf_counter()
     args, mask = learner.ppo_args, experience.rollout.mask
+    first_values = None
+    if experience.values is None:
+        values, first_values = _first_values(learner, experience.rollout)
+        experience = replace(experience, values=values)
     kl = kl_estimate(experience.logprobs, experience.ref_logprobs, learner.reward_args.kl_estimator)
     paid = paid_scores(learner, experience)
     rewards = token_rewards(kl, paid, mask, learner.kl_coef)
@@ -44,7 +49,7 @@ def learn(learner, experience):
         advantages = whiten(advantages, mask)
 
     described = describe(learner, experience, paid, kl)
-    outcome = train_epochs(learner, experience, advantages, returns)
+    outcome = train_epochs(learner, experience, advantages, returns, first_values=first_values)
     if learner.reward_args.kl_target is not None:
         sequence_kl, episodes = described["objective/kl"], len(experience.rollout)
         target, horizon = learner.reward_args.kl_target, learner.reward_args.kl_horizon
@@ -53,18 +58,33 @@ def learn(learner, experience):
     return {**described, **outcome, "val/explained_variance": explained, **timed(experience, start)}
 
 
-def train_epochs(learner, experience, advantages, returns=None, kl_weight=0.0, row_weights=None):
+def _first_values(learner, rollout):
+    """(values [B, T], the same of this rank's only micro-batch [b, t] with what their backward pass needs)."""
+    learner.critic.model.train()
+    passes = []
+
+    def forward(micro):
+        with torch.enable_grad():
+            passes.append(answer_values(learner.critic.model, micro, learner.value_statistics))
+        return [passes[-1].detach()]
+
+    [values] = rollout.map(forward, learner.micro_batch_size, learner.pad_id, learner.ranks)
+    return values, passes[0]
+
+
+def train_epochs(learner, experience, advantages, returns=None, kl_weight=0.0, row_weights=None, first_values=None):
     """Every minibatch of every epoch, until the policy strays too far; returns what happened, per answer token. The
     learner's iteration ends here. A collective.
 
     advantages [B, T]; returns [B, T]: what a critic learns, where there is one; kl_weight: of the KL to the reference
     in the loss itself; row_weights [B]: the policy's loss is a mean over rows of their sums times these, instead of the
-    mean over tokens.
+    mean over tokens; first_values [b, t]: the critic's forward pass of the first minibatch, where it was done.
     """
     args, answers = learner.ppo_args, experience.rollout.answers
     totals, updates, stopped_early = {}, 0, False
     for rows in _minibatches(learner, len(answers)):
-        sums = _train_minibatch(learner, experience, rows, advantages, returns, kl_weight, row_weights)
+        values = first_values if updates == 0 else None
+        sums = _train_minibatch(learner, experience, rows, advantages, returns, kl_weight, row_weights, values)
         if updates == 0:
             _check_first(learner, sums)
         tokens = sum(len(answers[row].ids) for row in rows)
@@ -106,7 +126,7 @@ def _minibatches(learner, count):
         yield from (order[start : start + size] for start in range(0, count, size))
 
 
-def _train_minibatch(learner, experience, rows, advantages, returns, kl_weight=0.0, row_weights=None):
+def _train_minibatch(learner, experience, rows, advantages, returns, kl_weight=0.0, row_weights=None, values=None):
     """Gradients of what is trained now over `rows`; sums over all ranks, and the largest drifts, by name."""
     args, ranks = learner.ppo_args, learner.ranks
     micros = list(experience.rollout.micro_batches(rows, learner.micro_batch_size, learner.pad_id, ranks))
@@ -115,13 +135,13 @@ def _train_minibatch(learner, experience, rows, advantages, returns, kl_weight=0
     scale = ranks.world_size / tokens
     weights = None if row_weights is None else row_weights[:, None] * (tokens / len(rows))
     sums = {}
+    if learner.critic is not None:  # first, so that activations of `values` go before those of the actor come
+        sums |= _critic_gradients(learner, experience, micros, returns, scale, values)
     if learner.actor in learner.trained_now:
         ppo_weight, ptx_weight = ptx_weights(args.ptx_coef, args.ptx_mix) if learner.ptx else (1.0, 0.0)
         sums |= _actor_gradients(learner, experience, micros, advantages, scale * ppo_weight, kl_weight, weights)
         if ptx_weight:
             learner.ptx.backward(learner.actor, ptx_weight)
-    if learner.critic is not None:
-        sums |= _critic_gradients(learner, experience, micros, returns, scale)
     return _over_ranks(sums, ranks)
 
 
@@ -148,11 +168,12 @@ def _actor_gradients(learner, experience, micros, advantages, scale, kl_weight, 
     return {**dict(zip(names, sums.tolist(), strict=True)), "drift": drift}
 
 
-def _critic_gradients(learner, experience, micros, returns, scale):
+def _critic_gradients(learner, experience, micros, returns, scale, done=None):
+    """The same of the value loss. `done`: values of the only micro-batch, where its forward pass was done already."""
     learner.critic.model.train()
     sums, drift = torch.zeros(2, dtype=torch.float64), 0.0
     for micro in micros:
-        values = answer_values(learner.critic.model, micro, learner.value_statistics)
+        values = answer_values(learner.critic.model, micro, learner.value_statistics) if done is None else done
         old = micro.part_of(experience.values)
         value = value_loss_sum(values, old, micro.part_of(returns), micro.mask, learner.ppo_args.value_clip or None)
         learner.critic.optimizer.backward(value.loss * scale)

@@ -128,7 +128,7 @@ class Rollout:
         def row_length(row: int) -> int:
             return len(self.prompts[row].ids) + len(self.answers[row].ids)
 
-        ordered = sorted(rows, key=row_length, reverse=True)
+        ordered = sorted(rows, key=lambda row: (-row_length(row), row))  # whatever order `rows` are in
         for start in range(0, len(ordered), ranks.world_size * size):
             dealt = [
                 ordered[start : start + ranks.world_size * size][rank :: ranks.world_size]

@@ -13,6 +13,7 @@ from megalith.rlhf.strategy import process_group
 from ppo_cases import PROMPTS, cpu_ranks, iterate, make_learner, whole
 
 OPTIONS = dict(kl_target=1.0, kl_horizon=50.0, normalize_scores=True, average=0.9, micro_batch_size=2)
+AT_ONCE = dict(old_logprobs="sampler", train_batch_size=4, micro_batch_size=4)  # a rank's half of a rollout
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "zero3_cpu")
 
 
@@ -26,7 +27,7 @@ def trajectories(rank, world_size, folder):
     results["model"] = iterate(make_learner(cpu_ranks(rank, world_size), judge=None), 2)
     results["streamed"] = iterate(make_learner(cpu_ranks(rank, world_size), gather_for_generation="never"), 2)
     results["one_base"] = iterate(make_learner(cpu_ranks(rank, world_size), judge=None, share_base=True), 2)
-    results["sampler"] = iterate(make_learner(cpu_ranks(rank, world_size), old_logprobs="sampler"), 2)
+    results["at_once"] = iterate(make_learner(cpu_ranks(rank, world_size), **AT_ONCE), 2)
     results["raises"] = _message(lambda: collect(_judged(rank, world_size, _raising_on(1)), PROMPTS))
     results["short"] = _message(lambda: collect(_judged(rank, world_size, _too_few_on(0)), PROMPTS))
     results["silent"] = _message(lambda: silent_server(rank, world_size))
@@ -130,7 +131,7 @@ def one_rank():
             "model": iterate(make_learner(ranks, judge=None), 2),
             "streamed": iterate(make_learner(ranks), 2),
             "one_base": iterate(make_learner(ranks, judge=None, share_base=True), 2),
-            "sampler": iterate(make_learner(ranks, old_logprobs="sampler"), 2),
+            "at_once": iterate(make_learner(ranks, **{**AT_ONCE, "train_batch_size": 8, "micro_batch_size": 8}), 2),
         }
 
 
@@ -145,7 +146,7 @@ def test_two_ranks_have_the_trajectory_of_one(results, one_rank, strategy):
         same(of_rank[strategy], one_rank["rows"])
 
 
-@pytest.mark.parametrize("what", ["model", "streamed", "one_base", "sampler"])
+@pytest.mark.parametrize("what", ["model", "streamed", "one_base", "at_once"])
 def test_with_other_judges_bases_and_ways_to_sample(results, one_rank, what):
     for of_rank in results:
         same(of_rank[what], one_rank[what])

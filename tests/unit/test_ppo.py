@@ -7,6 +7,7 @@ import pytest
 import torch
 from megalith.engine.shard import engine_of
 from megalith.rlhf import experience as experience_module
+from megalith.rlhf import ppo as ppo_module
 from megalith.rlhf.batches import epoch_order
 from megalith.rlhf.experience import collect
 from megalith.rlhf.ppo import learn
@@ -224,6 +225,27 @@ def test_the_samplers_log_probabilities_save_a_pass_and_change_nothing(ranks, ex
     warm = make_learner(ranks, old_logprobs="sampler", critic_warmup=1)
     collect(warm, PROMPTS)
     assert warm.actor.model in passes  # no update of the actor would tell of a wrong sampler
+
+
+@pytest.mark.parametrize("changes", [{}, {"share_base": True, "judge": None}])
+def test_where_one_micro_batch_is_the_rollout_its_values_come_with_the_update(ranks, monkeypatch, changes):
+    for split in ({"micro_batch_size": 4}, {"train_batch_size": 4}):
+        sizes = {"train_batch_size": 8, "micro_batch_size": 8, **split}
+        assert collect(make_learner(ranks, **sizes, **changes), PROMPTS).values is not None
+    outcomes, passes = [], []
+    genuine = ppo_module.answer_values
+    monkeypatch.setattr(experience_module, "answer_values", lambda *given: passes.append("own") or genuine(*given))
+    monkeypatch.setattr(ppo_module, "answer_values", lambda *given: passes.append("update") or genuine(*given))
+    for comes_with_update in (True, False):
+        learner = make_learner(ranks, train_batch_size=8, micro_batch_size=8, **changes)
+        if not comes_with_update:
+            monkeypatch.setattr(type(learner), "values_come_with_update", lambda *given: False)
+        trained = learner.actor if changes else learner.critic
+        outcomes.append((iterate(learner, 2), whole(trained.model), passes.copy()))
+        passes.clear()
+    (rows, weights, once), (expected_rows, expected, twice) = outcomes
+    assert once == ["update"] * 4 and twice == ["own", "update", "update"] * 2
+    assert rows == expected_rows and all(torch.equal(tensor, expected[name]) for name, tensor in weights.items())
 
 
 def test_what_is_frozen_stays_to_the_bit_and_the_average_is_one(ranks):
