@@ -4,6 +4,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from .config import EngineConfig, Precision, StatePrecision
 from .layout import ChunkSpec, Layout
@@ -224,6 +225,11 @@ def gradient_peak(
     sums = [p.owned_numel * 4 for _, p in trainable if p.gradient_tier is Tier.NVME and accumulation_steps > 1]
     in_flight = sum(sorted(passing)[-MAX_IN_FLIGHT:]) + sum(sorted(sums)[-MAX_IN_FLIGHT - 1 :])
     return owned + max(landing, default=0) + in_flight
+
+
+def count_that_fit(sizes: Sequence[int], room: int) -> int:
+    """How many of the first of `sizes` fit into `room` together."""
+    return sum(total <= room for total in accumulate(sizes))
 
 
 def choose_evictions(candidates: Sequence[tuple[Hashable, int, int | None]], needed_bytes: int) -> list[Hashable]:

@@ -1,5 +1,7 @@
 """A group: the chunks of one block, unsharded, resharded and reduced together."""
 
+from collections.abc import Collection
+
 import torch
 
 from .chunk import Chunk, ShardState
@@ -149,9 +151,10 @@ class ChunkGroup:
         ]
         self._stale += old
 
-    def reduce_gradients(self, final: bool) -> None:
+    def reduce_gradients(self, final: bool, waiting: Collection[ChunkGradient] = ()) -> None:
+        """Those in `waiting` wait on the device for more."""
         for gradient in self.gradients:
-            gradient.reduce(final)
+            gradient.reduce(final, gradient in waiting)
 
     def _shares(self, chunk: Chunk) -> bool:
         return self._group.is_distributed and chunk.placement.owned_numel < chunk.spec.numel

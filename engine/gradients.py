@@ -3,7 +3,8 @@
 1. A parameter's gradient *lands*: it is copied into the chunk's local buffer [numel] and freed. Later micro-batches are
    added there, in float32.
 2. The local buffer is *reduced* over the ranks, on the lane for collectives, into this rank's part [owned_numel], which
-   is moved to where it waits for the step (`gradient_tier`), and added to what earlier micro-batches left there.
+   is added to that of earlier micro-batches. Their sum stays on the device until the last one, if that has room for
+   it, and is moved to where it waits for the step (`gradient_tier`); else it is added there.
 3. The step takes that part, and it is gone: at once, or when the update that `step()` published has read it.
 
 On one rank, with the optimizer state on the device or with updates in the backward pass, there is nothing to reduce and
@@ -73,7 +74,9 @@ class ChunkGradient:
         self._kept: dict[str, torch.Tensor] = {}  # by name, each 1D [slot numel], where gradients stay
         self._local: torch.Tensor | None = None  # 1D [numel], on the device
         self._landed: set[str] = set()
-        self._reduced: torch.Tensor | DiskTensor | None = None  # 1D [owned_numel], on its tier
+        self._reduced: torch.Tensor | DiskTensor | None = None  # 1D [owned_numel]
+        self._is_on_device = chunk.placement.gradient_tier is Tier.DEVICE  # that
+        self._is_waiting = False  # there for more, to leave later
         self._sum_of_squares: float | torch.Tensor | None = None  # of all parts
         self._event: Event | None = None
 
@@ -81,6 +84,11 @@ class ChunkGradient:
     def is_complete(self) -> bool:
         """Every parameter's has landed."""
         return len(self._kept if self._stays else self._landed) == len(self.chunk.spec.slots)
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What the sum of micro-batches takes where it waits on the device; 0 for one that does not leave."""
+        return 0 if self._tier is Tier.DEVICE else 4 * self.chunk.placement.owned_numel
 
     @property
     def has_local(self) -> bool:
@@ -116,60 +124,99 @@ class ChunkGradient:
     def _enter(self, nbytes: int) -> None:
         self._traffic.ledger.add(Tier.DEVICE, Payload.GRADIENT, nbytes)
 
-    def reduce(self, final: bool) -> None:
+    def reduce(self, final: bool, waits: bool = False) -> None:
         """Start the reduction of what has landed; what has not counts as zero. A collective.
 
         `final`: no more is expected before the step, so that the norm is taken while the values are in the cache.
+        `waits`: for more micro-batches, with their sum on the device, wherever it leaves for then.
         """
         if self._stays:
             return
         local = self._take_local()
-        earlier = self.finish()  # the lane adds to it, so the reduction that made it must have ended
-        self._sum_of_squares = None
-        pool, owned_numel = self._traffic.pool, self.chunk.placement.owned_numel
+        pool, group, owned_numel = self._traffic.pool, self._traffic.group, self.chunk.placement.owned_numel
         in_place = owned_numel == self.chunk.spec.numel
         part = local if in_place else pool.take(owned_numel, local.dtype)
-        received = pool.take(self._traffic.group.scratch_numel(local), local.dtype)
-        used = [received] if in_place else [received, local]
-        if self._tier is Tier.HOST:
-            self._reduced = self._host_target(earlier, part.dtype)
-        elif self._tier is Tier.NVME:
-            self._reduced = self.chunk.rest_grad.of(part.dtype if earlier is None else torch.float32)
-        else:
-            self._reduced = part if earlier is None else self._in_float32(earlier)
-        target = self._reduced
-        if target is not part:
+        received = pool.take(group.scratch_numel(local), local.dtype)
+
+        def exchange() -> None:
+            if group.is_distributed:
+                collective = all_reduce if in_place else reduce_scatter
+                collective(local, part, received, group, self.chunk.index)
+                self.chunk.did(Work.COLLECTIVE, (2 if in_place else 1) * group.received_bytes(local))
+
+        self._collect(part, [received] if in_place else [received, local], exchange, final, waits)
+
+    def leave(self) -> None:
+        """Let a sum go that waits on the device for micro-batches, after the last of which there was none."""
+        if self._is_waiting:
+            self._collect(None, [], lambda: None, final=True, waits=False)
+
+    def _collect(
+        self,
+        part: torch.Tensor | None,
+        used: list[torch.Tensor],
+        exchange: Callable[[], None],
+        final: bool,
+        waits: bool,
+    ) -> None:
+        """Add `part` (1D [owned_numel], there after `exchange`) to what there is of earlier micro-batches, and have the
+        sum move to its tier, unless it `waits`."""
+        earlier = self.finish()  # the lane adds to it, so the reduction that made it must have ended
+        outside = None if self._is_on_device else earlier  # to be added there
+        self._sum_of_squares = None
+        value = part if earlier is None or outside is not None else self._in_float32(earlier)
+        if value is not part and part is not None:
             used.append(part)
-        total = None  # of micro-batches, on its way through memory to the drive
-        if self._tier is Tier.NVME and earlier is not None:
-            total = pool.take(owned_numel, torch.float32)
+        target = total = update = None
+        self._is_on_device = self._tier is Tier.DEVICE or waits
+        self._is_waiting = waits and self._tier is not Tier.DEVICE
+        if self._is_on_device:
+            self._reduced = value
+        else:
+            used.append(value)
+            self._reduced = target = self._place(outside, value.dtype)
+            update = self.chunk.pending  # reads what the last step's gradient left there
+        if isinstance(target, DiskTensor) and outside is not None:
+            total = self._traffic.pool.take(value.numel(), torch.float32)  # on its way through memory to the drive
             used.append(total)
-        update = self.chunk.pending  # reads what the last step's gradient left in `target`
 
         def work() -> None:
             if update is not None:
                 update.wait()
             with torch.profiler.record_function(f"megalith::reduce {self.chunk.name}"):
-                if self._traffic.group.is_distributed:
-                    collective = all_reduce if in_place else reduce_scatter
-                    collective(local, part, received, self._traffic.group, self.chunk.index)
-                    passes = 2 if in_place else 1
-                    self.chunk.did(Work.COLLECTIVE, passes * self._traffic.group.received_bytes(local))
-                if self._tier is not Tier.DEVICE:
-                    self.chunk.did(Work.LINK_OUT, part.nbytes)
-                if isinstance(target, DiskTensor):
-                    summed = part if earlier is None else self._add_to_disk(earlier, part, total)
-                    self._traffic.staging.write(summed, target)
-                elif target is not part and earlier is None:
-                    summed = part
-                    target.copy_(part, non_blocking=True)
-                else:
-                    summed = target if target is part else target.add_(part.to(target.device))
+                exchange()
+                if value is not part and part is not None:
+                    value.add_(part)
+                summed = value if target is None else self._move(value, target, outside, total)
                 if final:
                     self._sum_of_squares = sum_of_squares(summed)
 
         self._event = self._traffic.lane.submit(work, f"reduce {self.chunk.name}")
         self._traffic.hold(self._event, used)
+
+    def _move(
+        self,
+        value: torch.Tensor,
+        target: torch.Tensor | DiskTensor,
+        outside: torch.Tensor | DiskTensor | None,
+        total: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`value` from the device to `target`, added to what is outside. Returns the sum, wherever it is at hand."""
+        self.chunk.did(Work.LINK_OUT, value.nbytes)
+        if isinstance(target, DiskTensor):
+            summed = value if outside is None else self._add_to_disk(outside, value, total)
+            self._traffic.staging.write(summed, target)
+            return summed
+        if outside is None:
+            target.copy_(value, non_blocking=True)
+            return value
+        return target.add_(value.to(target.device))
+
+    def _place(self, outside: torch.Tensor | DiskTensor | None, dtype: torch.dtype) -> torch.Tensor | DiskTensor:
+        """Where a part of `dtype` goes off the device."""
+        if self._tier is Tier.HOST:
+            return self._host_target(outside, dtype)
+        return self.chunk.rest_grad.of(dtype if outside is None else torch.float32)
 
     @property
     def _tier(self) -> Tier:
@@ -184,11 +231,11 @@ class ChunkGradient:
         return total.add_(part)
 
     def finish(self) -> torch.Tensor | DiskTensor | None:
-        """The reduced gradient [owned_numel] on its tier, None when there is none. The host waits for it where it lies
-        off the device."""
+        """The reduced gradient [owned_numel], None when there is none. The host waits for it where it lies off the
+        device."""
         if self._event is not None:
             self._event.wait()
-            if self._tier is not Tier.DEVICE:
+            if not self._is_on_device:
                 self._event.synchronize()
             self._event = None
         return self._reduced
@@ -215,13 +262,14 @@ class ChunkGradient:
         """The parts, for an update on a lane, and what to call when it is done with them."""
         parts, reduced = self.parts(), self._reduced
         kept_bytes = sum(kept.nbytes for kept in self._kept.values())
+        is_extra = self._is_extra(reduced)
         self._reduced = None
         self._sum_of_squares = None
         self._kept.clear()
 
         def release() -> None:
             self._enter(-kept_bytes)
-            if self._is_extra(reduced):
+            if is_extra:
                 self._traffic.ledger.add(Tier.HOST, Payload.GRADIENT, -reduced.nbytes)
 
         return parts, release
@@ -234,16 +282,18 @@ class ChunkGradient:
         reduced = self.finish()
         if self._local is not None:
             self._traffic.pool.give_back(self._take_local())
-        if reduced is not None and self._tier is Tier.DEVICE:
+        if reduced is not None and self._is_on_device:
             self._traffic.pool.give_back(reduced)
         elif self._is_extra(reduced):
             self._traffic.ledger.add(Tier.HOST, Payload.GRADIENT, -reduced.nbytes)
         self._reduced = None
+        self._is_on_device, self._is_waiting = self._tier is Tier.DEVICE, False
         self._sum_of_squares = None
 
     def _is_extra(self, reduced: torch.Tensor | DiskTensor | None) -> bool:
         """Whether it has host memory of its own, for float32 sums."""
-        return self._tier is Tier.HOST and reduced is not None and reduced is not self.chunk.rest_grad
+        off_device = self._tier is Tier.HOST and not self._is_on_device
+        return off_device and reduced is not None and reduced is not self.chunk.rest_grad
 
     def _take_local(self) -> torch.Tensor:
         local = self._local

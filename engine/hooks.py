@@ -25,7 +25,7 @@ from torch.autograd import Variable
 
 from .activations import ActivationOffload
 from .blocks import Unit
-from .budgets import choose_evictions
+from .budgets import choose_evictions, count_that_fit
 from .chunk_group import ChunkGroup
 from .config import EngineConfig
 from .gradients import ChunkGradient, GradientTraffic
@@ -45,6 +45,7 @@ class Schedule:
         traffic: GradientTraffic,
         gradient_peak_bytes: int,
         window_bytes: int,
+        device_room: int,
         manager: Manager,
     ) -> None:
         self.groups = groups
@@ -63,6 +64,9 @@ class Schedule:
         self._config = config
         self._traffic = traffic
         self._gradient_peak_bytes = gradient_peak_bytes
+        self._working_bytes = window_bytes + gradient_peak_bytes
+        self._device_room = device_room  # assumed where there is no budget
+        self._waiting: frozenset[ChunkGradient] | None = None  # decided once a step
         chunks = [chunk for group in groups for chunk in group.chunks]
         self._gradients_leave = any(chunk.placement.gradient_tier is not Tier.DEVICE for chunk in chunks)
         self.is_distributed = traffic.group.is_distributed
@@ -137,6 +141,8 @@ class Schedule:
             of_all = self._manager.ledger
             stored = of_all.tier_bytes(Tier.DEVICE) - of_all.bytes(Tier.DEVICE, Payload.GRADIENT)
             needed = stored + self._gradient_peak_bytes - self._device_budget
+            if self.expected_micro_steps > 1:
+                needed += sum(gradient.waiting_bytes for gradient in self._sums_on_device())
             needed += sum(group.gathered_bytes for group in wanted if not group.is_whole)
             future = [tuple(key) for _, *key in self._manager.trace.upcoming(3 * len(self.groups))]
             uses = {key: future.index(key) if key in future else None for key in idle}
@@ -224,6 +230,7 @@ class Schedule:
         self.micro_steps = 0
         self.scaled_backwards = 0
         self.touched.clear()
+        self._waiting = None
 
     def land(self, gradient: ChunkGradient, slot: Slot, parameter: nn.Parameter) -> None:
         self.begin_backward()
@@ -281,6 +288,20 @@ class Schedule:
         # Not a question of placement where ranks add up: the order of the sum would depend on it.
         return self._config.zero_stage >= 2 if self.is_distributed else self._gradients_leave
 
+    def _sums_on_device(self) -> frozenset[ChunkGradient]:
+        """Gradients that leave whose sum of micro-batches has room on the device until the last one, beside what is at
+        rest there, the blocks in use and the gradients that pass. The same on every rank, and in a step."""
+        if self._waiting is None:
+            budget = self._device_room if self._device_budget is None else self._device_budget
+            of_all = self._manager.ledger
+            passing = sum(of_all.bytes(Tier.DEVICE, payload) for payload in (Payload.GATHERED, Payload.GRADIENT))
+            at_rest = of_all.tier_bytes(Tier.DEVICE) - passing
+            leaving = [gradient for group in self.groups for gradient in group.gradients if gradient.waiting_bytes]
+            room = budget - at_rest - max(self._working_bytes, self._manager.working_bytes)
+            count = count_that_fit([gradient.waiting_bytes for gradient in leaving], room)
+            self._waiting = frozenset(leaving[:count])
+        return self._waiting
+
     def _reduce_next(self) -> None:
         self._next_reduce -= 1
         self._reduce(self.groups[self._next_reduce + 1])
@@ -292,7 +313,7 @@ class Schedule:
         self._reduced.add(group)
         if group.gradients and self._reduces_now():
             self._note_order(group.index + len(self.groups))
-            group.reduce_gradients(self._is_final)
+            group.reduce_gradients(self._is_final, () if self._is_final else self._sums_on_device())
             if self.on_complete is not None:
                 self.on_complete(group)
 

@@ -194,6 +194,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for group, is_waiting in reversed(list(zip(self._groups, waiting, strict=True))):
             if is_waiting:
                 group.reduce_gradients(final=True)
+            for gradient in group.gradients:
+                gradient.leave()
         return {fqn for fqn, flag in zip(names, flags, strict=True) if flag}
 
     def _norm(self) -> tuple[float, bool]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .blocks import find_parts
-from .budgets import gathered_window, gradient_peak, group_bytes, plan_storage
+from .budgets import count_that_fit, device_peak, gathered_window, gradient_peak, group_bytes, plan_storage
 from .collectives import RankGroup
 from .config import EngineConfig, StatePrecision
 from .layout import ChunkSpec, Layout, pack
@@ -171,9 +171,23 @@ def plan(
         layout,
         at_rest,
         _gathered_peak(storage_plan, config),
-        gradient_peak(layout, storage_plan.placements, config, accumulation_steps),
+        gradient_peak(layout, storage_plan.placements, config, accumulation_steps)
+        + (_sums_on_device(storage_plan, config, machine.device_room) if accumulation_steps > 1 else 0),
         forecast,
     )
+
+
+def _sums_on_device(storage_plan: StoragePlan, config: EngineConfig, device_room: int) -> int:
+    """Of gradients that leave after the last micro-batch: as a run decides it."""
+    if config.zero_stage < 2 and storage_plan.layout.world_size > 1:
+        return 0  # nothing is summed before
+    sizes = [
+        4 * placement.owned_numel
+        for _, spec, placement in storage_plan.named_chunks()
+        if spec.trainable and placement.gradient_tier is not Tier.DEVICE
+    ]
+    budget = device_room if config.device_budget is None else config.device_budget
+    return sum(sizes[: count_that_fit(sizes, budget - device_peak(storage_plan, config, 0))])
 
 
 def _enter(manager: Manager, storage_plan: StoragePlan, config: EngineConfig) -> None:

@@ -412,7 +412,9 @@ def rehearse(
     ours = meta_optimizer(model, optimizer, on_meta)
     config, _, parts, storage_plan = prepare(on_meta, ours, lambda: None, options, group, machine, manager)
     store = SimulatedStore(clocks, ledger) if storage_plan.uses_disk else None
-    ground = Ground(torch.device("meta"), group, ledger, store, lambda name, _: SimulatedLane(name, clocks))
+    ground = Ground(
+        torch.device("meta"), group, ledger, store, machine.device_room, lambda name, _: SimulatedLane(name, clocks)
+    )
     manager.trace = ObservedTrace(ledger, [each.name for each in storage_plan.layout.groups])
     engine = assemble(on_meta, ours, config, parts, storage_plan, ground, BindOnly(on_meta), manager)
 

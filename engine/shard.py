@@ -143,6 +143,7 @@ def initialize(
         rank_group,
         Ledger(manager.ledger),
         store,
+        machine.device_room,
         lambda name, waits_for_host: make_lane(name, device, lane_delay, waits_for_host),
     )
     loader = _WeightLoader(model, folder, config, rank_group, device)
@@ -159,6 +160,8 @@ class Ground:
     rank_group: RankGroup
     ledger: Ledger
     store: NvmeStore | None
+    device_room: int
+    """Bytes to assume where `device_budget` is None."""
     make_lane: Callable[[str, bool], Lane]
     """Of a name, and whether its work waits for events of threads."""
 
@@ -216,7 +219,7 @@ def assemble(
 
     gradient_peak_bytes = gradient_peak(layout, placements, config, 2)
     window_bytes = gathered_window(layout, placements, config)
-    schedule = Schedule(groups, config, traffic, gradient_peak_bytes, window_bytes, manager)
+    schedule = Schedule(groups, config, traffic, gradient_peak_bytes, window_bytes, ground.device_room, manager)
     _register_hooks(model, parts, groups, schedule, config)
     if config.offload_activations:
         chunks = [chunk for group in groups for chunk in group.chunks]
