@@ -4,6 +4,7 @@ import megalith.engine as engine
 import pytest
 import torch
 from against_torch import differing, fit, gathered_weights, initialized, state_of
+from megalith.engine.lanes import random_delay
 from megalith.engine.layout import ParamSpec, pack
 from megalith.engine.shard import engine_of
 from megalith.engine.streaming_sizes import PIECE_MULTIPLE, SLOTS, slot_itemsizes
@@ -84,6 +85,25 @@ def test_tier_stage_and_chunk_size_change_no_bit(precision, tmp_path):
         model, optimizer = trained(precision, **variant)
         assert differing(state_of(model), state_of(expected)) == [], variant
         assert optimizer.grad_norm == pytest.approx(reference.grad_norm, rel=1e-12)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_updates_in_the_backward_pass_and_delays_on_every_lane_change_no_bit(precision, tmp_path):
+    def trained_without_clipping(**options):
+        model, optimizer = initialized(
+            llama, precision=precision, state_precision="8bit", max_grad_norm=None, max_chunk_numel=10**4, **options
+        )
+        fit(model, optimizer, language_loss, 4)
+        return state_of(model)
+
+    expected = trained_without_clipping()
+    drive = {"placement": "nvme", "nvme_dir": tmp_path, "nvme_ring": smallest_ring(precision)}
+    for place in ({}, {"placement": "host"}, {"placement": "host", "optimizer_offload": 0.5}, drive):
+        in_backward = place | {"update_in_backward": True}
+        for options in (in_backward, place | {"lane_delay": random_delay(1, 0.002)}):
+            assert differing(trained_without_clipping(**options), expected) == [], options
+        delayed = in_backward | {"lane_delay": random_delay(2, 0.002), "prefetch": 2}
+        assert differing(trained_without_clipping(**delayed), expected) == [], delayed
 
 
 @pytest.mark.parametrize(("precision", "exact"), [("fp32", 4 + 2), ("bf16", 2 + 2 + 2), ("fp16", 2 + 4 + 2)])
