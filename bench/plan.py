@@ -2,8 +2,8 @@
 
     python -m megalith.bench.plan --nvme_dir /scratch --json record.json
 
-Each configuration is planned and run in fresh processes: rates are measured by all of its ranks at once before and
-after the steps, and the two predictions are averaged, so that a machine that grows slower does so for both.
+Each configuration is run and planned in fresh processes. Some steps and a measurement of the machine's rates, by all
+ranks at once, take turns, so that a machine that grows slower does so for both; the prediction is from their means.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def read(name: str, args: argparse.Namespace) -> dict:
         "ranks": ranks,
         "engine": keywords,
         "model": args.model_fields,
-        **{field: getattr(args, field) for field in ("device", "batch_size", "seq_len", "warmup", "steps")},
+        **{field: getattr(args, field) for field in ("device", "batch_size", "seq_len", "warmup", "turns", "steps")},
     }
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
@@ -83,7 +83,11 @@ def make_record(readings: dict[str, list[dict]], args: argparse.Namespace) -> di
         }
         for row in rows
     ]
-    settings = {"model": args.model, "batch a rank": f"{args.batch_size} x {args.seq_len} tokens", "steps": args.steps}
+    settings = {
+        "model": args.model,
+        "batch a rank": f"{args.batch_size} x {args.seq_len} tokens",
+        "steps": args.turns * args.steps,
+    }
     return {
         "benchmark": "plan",
         "environment": report.environment(args.device),
@@ -105,13 +109,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=2)
     parser.add_argument("--seq_len", type=int, default=128)
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--turns", type=int, default=5, help="measurements of the rates")
+    parser.add_argument("--steps", type=int, default=3, help="between two of them")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--timeout_s", type=float, default=600, help="for one reading")
     parser.add_argument("--nvme_dir", type=Path, default=Path.cwd(), help="a folder on a local drive")
     parser.add_argument("--json", type=Path, help="where to keep the record")
     args = parser.parse_args(argv)
-    for name in ("batch_size", "seq_len", "steps", "rounds", "warmup"):
+    for name in ("batch_size", "seq_len", "steps", "turns", "rounds", "warmup"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}, and has to be at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():

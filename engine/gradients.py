@@ -189,7 +189,7 @@ class ChunkGradient:
                     value.add_(part)
                 summed = value if target is None else self._move(value, target, outside, total)
                 if final:
-                    self._sum_of_squares = sum_of_squares(summed)
+                    self._sum_of_squares = self._squares_of(summed)
 
         self._event = self._traffic.lane.submit(work, f"reduce {self.chunk.name}")
         self._traffic.hold(self._event, used)
@@ -255,8 +255,12 @@ class ChunkGradient:
         """The sum of squares of all parts; a tensor (float64) where it may still be computed."""
         if self._sum_of_squares is None:
             values = [in_memory(part.values) for part in self.parts()]
-            self._sum_of_squares = sum_of_squares(*values).sum() if values else 0.0
+            self._sum_of_squares = self._squares_of(*values).sum() if values else 0.0
         return self._sum_of_squares
+
+    def _squares_of(self, *values: torch.Tensor) -> torch.Tensor:
+        self.chunk.did(Work.NORM, sum(each.nbytes for each in values))
+        return sum_of_squares(*values)
 
     def hand_over(self) -> tuple[list[GradientPart], Callable[[], None]]:
         """The parts, for an update on a lane, and what to call when it is done with them."""

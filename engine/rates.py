@@ -45,6 +45,7 @@ class Rates:
             Work.DISK_READ: "disk_read_bytes",
             Work.DISK_WRITE: "disk_write_bytes",
             Work.COLLECTIVE: "collective_bytes",
+            Work.NORM: "memory_bytes",
             Work.HOST_ADAM: "host_adam_numel",
             Work.DEVICE_ADAM: "device_adam_numel",
         }[work]
@@ -95,34 +96,40 @@ class _Trial:
     group: RankGroup
 
     def seconds_of(self, work: Callable[[], object], times: int | None = None) -> float:
-        """Of one call: the median of `times`, by default of as many as fit, at least 3. All ranks begin at once."""
+        """Of one call: the mean of `times`, by default of as many as fit, at least 3. All ranks begin at once. No
+        median: where others take turns on the processor, most short calls would not tell of them."""
         self.group.barrier()
         work()
-        readings: list[float] = []
-        while len(readings) < (times or 3) or (times is None and sum(readings) < self.at_least_s):
-            start = time.perf_counter()
+        count, start, elapsed = 0, time.perf_counter(), 0.0
+        while count < (times or 3) or (times is None and elapsed < self.at_least_s):
             work()
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            readings.append(time.perf_counter() - start)
-        return sorted(readings)[len(readings) // 2]
+            count, elapsed = count + 1, time.perf_counter() - start
+        return elapsed / count
 
 
 def _compute_flops(trial: _Trial, dtype: torch.dtype) -> float:
     rows, inner, columns = (8192, 8192, 8192) if trial.device.type == "cuda" else (512, 768, 2048)
-    left = torch.randn(rows, inner, device=trial.device).to(dtype)
-    right = torch.randn(columns, inner, device=trial.device).to(dtype)
-    return 2 * rows * inner * columns / trial.seconds_of(lambda: torch.nn.functional.linear(left, right))
+    left = torch.randn(rows, inner, device=trial.device).to(dtype).requires_grad_()
+    right = torch.randn(columns, inner, device=trial.device).to(dtype).requires_grad_()
+    gradient = torch.randn(rows, columns, device=trial.device).to(dtype)
+
+    def forward_and_backward() -> None:  # whose products are of transposed matrices, which may be slower
+        torch.autograd.grad(torch.nn.functional.linear(left, right), (left, right), gradient)
+
+    return 6 * rows * inner * columns / trial.seconds_of(forward_and_backward)
 
 
 def _memory_bytes(trial: _Trial, dtype: torch.dtype) -> float:
-    values = torch.ones(2**28 if trial.device.type == "cuda" else 2**23, device=trial.device, dtype=dtype)
-    out = torch.empty_like(values)
-    return 2 * values.nbytes / trial.seconds_of(lambda: torch.mul(values, 1.5, out=out))
+    values = torch.ones(2**28 if trial.device.type == "cuda" else 2**21, device=trial.device, dtype=dtype)
+    return (
+        2 * values.nbytes / trial.seconds_of(lambda: values * 1.5)
+    )  # with an allocation, as a model's operations have
 
 
 def _call_s(trial: _Trial) -> float:
-    values = torch.ones(16, device=trial.device)
+    values = torch.ones(2**16, device=trial.device)  # on a CPU, enough for all threads, which take time to begin
 
     def hundred() -> None:
         for _ in range(100):

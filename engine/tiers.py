@@ -56,6 +56,8 @@ class Work(Enum):
     DISK_WRITE = "disk write"
     COLLECTIVE = "collective"
     """What this rank receives."""
+    NORM = "norm"
+    """Of gradients, which are read for it."""
     HOST_ADAM = "host Adam"
     DEVICE_ADAM = "device Adam"
 
