@@ -20,9 +20,10 @@ def _train(rank, world_size, placement, budget, seed):
     """(weights, losses, bytes on the device at most, bytes gathered) of two models that are trained in turn,
     the first towards what the second says."""
     manager = engine.Manager(device_budget=budget, host_budget="1GB")
-    delay = None if seed is None else random_delay(seed * world_size + rank, 0.001)
+    # One rank is slow, so that what its lanes have under way has long ended on the other.
+    delay = random_delay(seed, 0.004) if seed is not None and rank == seed % world_size else None
     compute_delay = random.Random(-1 - (seed or 0) * world_size - rank)
-    options = {"max_chunk_numel": 2000, "placement": placement, "precision": "bf16", "timeout_s": 30}
+    options = {"max_chunk_numel": 2000, "placement": placement, "precision": "bf16", "timeout_s": 30, "prefetch": 2}
     models, optimizers = [], []
     for number in range(2):
         model = make_model("llama", seed=number, num_hidden_layers=4)
@@ -36,11 +37,13 @@ def _train(rank, world_size, placement, budget, seed):
         models.append(model)
         optimizers.append(optimizer)
     losses = []
-    for rows in batches(3, rows=2, length=5):
+    for turn, rows in enumerate(batches(4, rows=2, length=5)):
         mine = rank_rows(rows, rank, world_size)
         with torch.no_grad():
             target = models[1](mine).logits.float()
-        for model, optimizer in zip(models, optimizers, strict=True):
+        # In an order that changes: what was fetched for the other is evicted while its update may be under way.
+        for number in (0, 1) if turn % 2 else (1, 0):
+            model, optimizer = models[number], optimizers[number]
             output = model(input_ids=mine, labels=mine)
             loss = output.loss + (output.logits.float() - target).square().mean()
             loss.backward()
