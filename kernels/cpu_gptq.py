@@ -1,7 +1,7 @@
 """GPTQ weights on the CPU: the compiled kernels, or the oracle where they are absent.
 
 torch has an int4 kernel for CPUs too, but only its bfloat16 form is vectorised, with scales rounded to bfloat16, and
-it is slower than the one here, by a fifth at one row and by half at four (bench/results/kernels_cpu.json).
+it is slower than the one here from four rows on, by half at four (bench/results/kernels-cpu.json).
 """
 
 import torch

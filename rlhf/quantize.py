@@ -76,7 +76,10 @@ class GptqArguments:
     """How it is quantised."""
 
     bits: int = HfArg(default=4, help="2, 3, 4 or 8")
-    group_size: int = HfArg(default=128, help="inputs that share a scale; -1: all of an output")
+    group_size: int = HfArg(
+        default=128,
+        help="inputs that share a scale; -1: all of an output. GPTQModel reads 16, 32, 64, 128, 256, 512, 1024 and -1",
+    )
     sym: bool = HfArg(default=True, help="zero-points in the middle")
     desc_act: bool = HfArg(default=True, help="act-order: inputs of much energy are rounded first")
     static_groups: bool = HfArg(default=True, help="groups of neighbours, so that act-order costs nothing at run time")
