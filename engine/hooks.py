@@ -444,7 +444,8 @@ class UnitHooks:
         self._schedule.begin_backward()
         for group in self._groups:
             group.pins.discard(self._backward_pin)
-        self._schedule.unit_done(self._unit.name, self._groups)
+        if self._enclosing is None:  # else a checkpoint in the block computes again: the block itself is done later
+            self._schedule.unit_done(self._unit.name, self._groups)
 
 
 def _apart(value: Any, given: set[int]) -> Any:

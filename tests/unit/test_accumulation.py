@@ -129,6 +129,19 @@ def test_what_leaves_in_a_step_of_four_micro_batches_is_what_leaves_in_one(where
         assert planned.get(Work.DISK_WRITE, 0) == pytest.approx(to_drive, rel=0.05)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_blocks_that_compute_again_let_their_gradients_go_once(reentrant):
+    def checkpointed():
+        model = llama()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        return model.train()
+
+    model, optimizer = initialized(checkpointed, placement="host")
+    left = [one_step(model, optimizer, micro_steps)[Work.LINK_OUT] for micro_steps in (1, 1, 3, 3)]
+    numel = engine_of(model).layout.stored_numel
+    assert left == [4 * numel, 4 * numel, 3 * 4 * numel, 4 * numel]  # three were not expected after one
+
+
 def test_the_plan_has_the_peaks_of_a_run_with_sums_on_the_device():
     for options in ({"precision": "bf16"}, {"device_budget": rest_on_device(placement="host")}):
         options = {"placement": "host", "max_chunk_numel": 100, "max_grad_norm": 1.0, **options}
