@@ -71,7 +71,8 @@ def measure_rates(
     host_adam = _adam_numel(trial, torch.device("cpu"), kind)
     copies = _copy_bytes(trial)
     reads, writes = _disk_bytes(trial, nvme_dir) if nvme_dir is not None else (None, None)
-    rates = Rates(
+    # The group stays: torch gives its name to the next one of the same ranks, which would look for the old addresses.
+    return Rates(
         compute_flops=_compute_flops(trial, kind.dtype),
         memory_bytes=_memory_bytes(trial, kind.dtype),
         call_s=_call_s(trial),
@@ -84,9 +85,6 @@ def measure_rates(
         collective_bytes=_collective_bytes(trial) if group.is_distributed else None,
         host_computes=not on_gpu,
     )
-    for ranks in filter(None, (group.transfers, group.control)):
-        dist.destroy_process_group(ranks)
-    return rates
 
 
 @dataclass(frozen=True)

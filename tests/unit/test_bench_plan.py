@@ -7,7 +7,8 @@ TINY = "llama-34m,hidden_size=64,intermediate_size=128,num_hidden_layers=2,vocab
 
 
 def test_a_reading_has_both_times_and_a_record_says_which_are_within():
-    args = plan.parse_args(["--model", TINY, "--seq_len", "16", "--warmup", "1", "--turns", "1", "--steps", "2"])
+    args = plan.parse_args(["--model", TINY, "--seq_len", "16", "--warmup", "1", "--turns", "2", "--steps", "2"])
+    plan.read("zero1-two-ranks", args)  # whose ranks measure together, twice
     reading = plan.read("host", args)
     assert reading["step_s"] > 0 and reading["predicted_s"] > 0
     assert reading["predicted_to_run"] == reading["predicted_s"] / reading["step_s"]
