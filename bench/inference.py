@@ -17,11 +17,9 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from . import report
 from .launch import RankError, run_ranks
-from .step import MODELS, parse_model
+from .step import MODELS, resolve_device_and_model
 
 WORKER = Path(__file__).with_name("inference_worker.py")
 
@@ -216,12 +214,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} is {getattr(args, name)}, and has to be at least {least}")
     if min(args.batch_sizes) < 1:
         parser.error(f"--batch_sizes {min(args.batch_sizes)}: has to be at least 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda, but this torch sees no GPU")
-    try:
-        args.model_fields = parse_model(args.model)
-    except ValueError as error:
-        parser.error(f"--model {args.model}: {error}")
+    resolve_device_and_model(parser, args)
     return args
 
 

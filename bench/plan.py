@@ -12,11 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 from . import report
 from .launch import run_ranks
-from .step import parse_model
+from .step import resolve_device_and_model
 
 WITHIN = 0.2
 """Of the measured step's time."""
@@ -119,12 +117,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name in ("batch_size", "seq_len", "steps", "turns", "rounds", "warmup"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}, and has to be at least 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda, but this torch sees no GPU")
-    try:
-        args.model_fields = parse_model(args.model)
-    except ValueError as error:
-        parser.error(f"--model {args.model}: {error}")
+    resolve_device_and_model(parser, args)
     return args
 
 

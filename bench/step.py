@@ -347,17 +347,22 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name in ("batch_size", "seq_len", "steps", "rounds", "warmup"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}, and has to be at least 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda, but this torch sees no GPU")
+    resolve_device_and_model(parser, args)
     if args.install_deepspeed and args.install_deepspeed.resolve().is_relative_to(REPOSITORY):
         parser.error(f"--install_deepspeed {args.install_deepspeed}: choose a folder outside the repository")
     if args.ranks is None:
         args.ranks = 2 if args.device == "cpu" else torch.cuda.device_count()
+    return args
+
+
+def resolve_device_and_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Set `args.model_fields`. A usage error where --device is not here, or --model is none."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda, but this torch sees no GPU")
     try:
         args.model_fields = parse_model(args.model)
     except ValueError as error:
         parser.error(f"--model {args.model}: {error}")
-    return args
 
 
 def parse_model(text: str) -> dict:

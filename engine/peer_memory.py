@@ -5,6 +5,7 @@ both sides. On a CPU that is the time of the computation.
 """
 
 import ctypes
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -63,8 +64,9 @@ def find_peers(gather_objects: Callable[[Any], list[Any]]) -> PeerMemory | None:
     return peers if all(gather_objects(readable)) else None  # and until here all tokens are alive
 
 
+@functools.cache
 def can_read_own() -> bool:
-    """Whether the system allows such reads at all, for plans of ranks that are not there."""
+    """Whether the system allows such reads at all, for plans of ranks that are not there: asked at every transfer."""
     return find_peers(lambda value: [value]) is not None
 
 

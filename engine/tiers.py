@@ -132,7 +132,7 @@ class Ledger:
 
 def advise_huge_pages(memory: torch.Tensor) -> None:
     """Ask the system for pages of 2 MB under what was allocated just now on a CPU: of those of 4 KB, each takes a fault
-    when it is first written. Nothing where the system has no such pages."""
+    when it is first written, and is a miss when it is read. Nothing where the system has no such pages."""
     if memory.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
         return
     start = -(-memory.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -157,9 +157,8 @@ class HostSlab:
             return
         # Private: a child that is forked must not write into our weights. mmap's default shares.
         pages = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # on Linux: a step reads all of it, and a page of 4 KB is a miss each
-            pages.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = torch.frombuffer(pages, dtype=torch.uint8)
+        advise_huge_pages(self._bytes)  # a step reads all of it, too
         if device.type == "cuda":
             cudart = torch.cuda.cudart()
             pointer = self._bytes.data_ptr()
