@@ -24,10 +24,11 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from .budgets import Machine
 from .chunk import Chunk
 from .collectives import RankGroup
+from .loader import bind
 from .manager import Manager
 from .peer_memory import can_read_own
 from .rates import Rates
-from .shard import Engine, Ground, assemble, bind, prepare
+from .shard import Engine, Ground, assemble, prepare
 from .tiers import Ledger, Payload, Tier, Work
 from .trace import AccessTrace
 

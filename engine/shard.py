@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -25,13 +25,12 @@ from .gradients import GradientTraffic
 from .hooks import Schedule, UnitHooks
 from .lanes import InlineLane, Lane, make_lane, on_worker
 from .layout import Layout, ParamSpec, pack
+from .loader import Loader, WeightLoader
 from .machine import read_machine
 from .manager import Manager
-from .materialize import initialize_parameters, rebuild_buffers
 from .nested import tensors_in
 from .nvme import NvmeStore
 from .optimizer import ZeroOptimizer, read_adam_groups
-from .parameter_names import persistent_buffer_names
 from .placement import STORE_RING_BYTES, WEIGHT_STAGING_BYTES, ChunkPlacement, StoragePlan
 from .pretrained import PretrainedFolder
 from .staging import Staging
@@ -146,7 +145,7 @@ def initialize(
         machine.device_room,
         lambda name, waits_for_host: make_lane(name, device, lane_delay, waits_for_host),
     )
-    loader = _WeightLoader(model, folder, config, rank_group, device)
+    loader = WeightLoader(model, folder, config, rank_group, device)
     engine = assemble(model, optimizer, config, parts, storage_plan, ground, loader, manager)
     return model, engine.optimizer
 
@@ -164,14 +163,6 @@ class Ground:
     """Bytes to assume where `device_budget` is None."""
     make_lane: Callable[[str, bool], Lane]
     """Of a name, and whether its work waits for events of threads."""
-
-
-class Loader(Protocol):
-    """Fills the chunks of each group in turn, which are whole then, and makes the model's parameters views of them."""
-
-    def load(self, chunks: list[Chunk]) -> None: ...
-
-    def load_buffers(self) -> None: ...
 
 
 def assemble(
@@ -456,90 +447,6 @@ def _make_lanes(
         lane("updates", updates),
         make("activations", False) if config.offload_activations else InlineLane("activations"),
     )
-
-
-class _WeightLoader:
-    """Fills chunks with a model's weights, group by group, and makes its parameters views of them."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        folder: PretrainedFolder | None,
-        config: EngineConfig,
-        rank_group: RankGroup,
-        device: torch.device,
-    ) -> None:
-        self._model = model
-        self._folder = folder
-        self._config = config
-        self._rank_group = rank_group
-        self._device = device
-        self._staging = torch.empty(0, device=device)  # float32, grown to the largest chunk
-
-    @torch.no_grad()
-    def load(self, chunks: list[Chunk]) -> None:
-        for chunk in chunks:
-            values, views = self._whole_values(chunk)
-            stored = {fqn: view for fqn, view in views.items() if self._folder is not None and fqn in self._folder}
-            if stored:
-                self._folder.fill(stored)
-            parameters = {fqn: self._model.get_parameter(fqn) for fqn in views if fqn not in stored}
-            if parameters:
-                for fqn, parameter in parameters.items():
-                    if not parameter.is_meta:
-                        views[fqn].copy_(parameter)
-                on_meta = {fqn: views[fqn] for fqn, parameter in parameters.items() if parameter.is_meta}
-                initialize_parameters(self._model, on_meta, self._config.seed)
-                self._broadcast(values)
-            chunk.load_full(values)
-            for fqn in views:
-                bind(self._model, fqn, chunk.views[fqn])
-
-    def load_buffers(self) -> None:
-        if self._folder is not None:
-            self._folder.fill_buffers(self._model, self._device)
-        rebuild_buffers(self._model, self._device)
-        # As module.to(dtype) does it. What is not persistent (rotary frequencies) is made in the precision that it
-        # needs.
-        persistent = persistent_buffer_names(self._model)
-        for path, module in self._model.named_modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                cast = buffer.is_floating_point() and f"{path}.{name}".lstrip(".") in persistent
-                dtype = Precision(self._config.precision).dtype if cast else buffer.dtype
-                if (buffer.device, buffer.dtype) != (self._device, dtype):
-                    module._buffers[name] = buffer.to(self._device, dtype)
-                self._broadcast(module._buffers[name])
-
-    def _whole_values(self, chunk: Chunk) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Room for the chunk's whole values [numel], in float32 where they are floats, and its slots as views of it."""
-        spec = chunk.spec
-        if not spec.dtype.is_floating_point:
-            # Not `full`, where that is released next: what has gone to a drive can never be resized again.
-            values = torch.empty(spec.numel, dtype=spec.dtype, device=self._device)
-        elif spec.dtype == torch.float32 and not chunk.placement.sharded:
-            values = chunk.full.data
-        else:  # the pages of a `full` that is released next are better never touched
-            if self._staging.numel() < spec.numel:
-                self._staging = torch.empty(spec.numel, device=self._device)
-            values = self._staging[: spec.numel]
-        for padding in spec.padding():
-            values[padding].zero_()
-        return values, {slot.fqn: values[slot.offset_numel : slot.stop_numel].view(slot.shape) for slot in spec.slots}
-
-    def _broadcast(self, values: torch.Tensor) -> None:
-        if self._rank_group.is_distributed and values.numel():
-            dist.broadcast(values, group_src=0, group=self._rank_group.transfers)
-
-
-def bind(model: nn.Module, fqn: str, view: torch.Tensor) -> None:
-    """Make a parameter a view of its chunk."""
-    parameter = model.get_parameter(fqn)
-    if parameter.is_meta:
-        # A meta tensor cannot take real storage. The swap keeps the object, which the optimizer's groups hold.
-        torch.utils.swap_tensors(parameter, nn.Parameter(view, requires_grad=parameter.requires_grad))
-    else:
-        parameter.data = view
-    parameter.grad = None
 
 
 def _register_hooks(
