@@ -299,7 +299,9 @@ def installed_version(name):
 
 
 def export_trace(step, tokens, path):
-    with torch.profiler.profile() as profile:
+    # Lanes are threads that began before the profiler, which looks at its own thread alone unless it is told otherwise.
+    all_threads = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+    with torch.profiler.profile(experimental_config=all_threads) as profile:
         for _ in range(2):
             step(tokens)
     path.parent.mkdir(parents=True, exist_ok=True)

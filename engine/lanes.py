@@ -34,6 +34,12 @@ class Lane(Protocol):
     def close(self) -> None: ...
 
 
+class MakeLane(Protocol):
+    """`make_lane` on a ground."""
+
+    def __call__(self, name: str, *, waits: bool, waits_for_host: bool) -> Lane: ...
+
+
 class LaneError(RuntimeError):
     """Work on a lane failed; the message names the lane and the work, `__cause__` is what was raised."""
 
@@ -205,7 +211,7 @@ class DoneEvent:
 
 
 class InlineLane:
-    """Work done at once by the caller: for an engine that has nothing to overlap."""
+    """Work done at once by the caller: where there is nothing to overlap it with."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -225,9 +231,16 @@ def random_delay(seed: int, max_delay_s: float) -> Callable[[], float]:
 
 
 def make_lane(
-    name: str, device: torch.device, delay: Callable[[], float] | None = None, waits_for_host: bool = False
+    name: str,
+    device: torch.device,
+    delay: Callable[[], float] | None = None,
+    *,
+    waits: bool = True,
+    waits_for_host: bool = False,
 ) -> Lane:
-    """`waits_for_host`: work on this lane waits for events of threads."""
+    """`waits`: work on this lane waits for other ranks or for a drive. On a CPU other work gains nothing by a thread,
+    which would take the cores from the model's computation in the middle of it; a `delay` needs one all the same.
+    `waits_for_host`: it waits for events of threads."""
     if device.type != "cuda":
-        return ThreadLane(name, delay)
+        return ThreadLane(name, delay) if waits or delay is not None else InlineLane(name)
     return StreamThreadLane(name, device, delay) if waits_for_host else StreamLane(name, device)

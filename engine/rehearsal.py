@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from .budgets import Machine
 from .chunk import Chunk
 from .collectives import RankGroup
+from .lanes import InlineLane, Lane
 from .loader import bind
 from .manager import Manager
 from .peer_memory import can_read_own
@@ -413,9 +414,11 @@ def rehearse(
     ours = meta_optimizer(model, optimizer, on_meta)
     config, _, parts, storage_plan = prepare(on_meta, ours, lambda: None, options, group, machine, manager)
     store = SimulatedStore(clocks, ledger) if storage_plan.uses_disk else None
-    ground = Ground(
-        torch.device("meta"), group, ledger, store, machine.device_room, lambda name, _: SimulatedLane(name, clocks)
-    )
+
+    def make_lane(name: str, *, waits: bool, waits_for_host: bool) -> Lane:
+        return SimulatedLane(name, clocks) if waits or machine.on_gpu else InlineLane(name)  # as lanes.make_lane
+
+    ground = Ground(torch.device("meta"), group, ledger, store, machine.device_room, make_lane)
     manager.trace = ObservedTrace(ledger, [each.name for each in storage_plan.layout.groups])
     engine = assemble(on_meta, ours, config, parts, storage_plan, ground, BindOnly(on_meta), manager)
 

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 from zlib import crc32
 
@@ -23,7 +24,7 @@ from .collectives import RankGroup, make_rank_group
 from .config import EngineConfig, Precision, StatePrecision, check_folder
 from .gradients import GradientTraffic
 from .hooks import Schedule, UnitHooks
-from .lanes import InlineLane, Lane, make_lane, on_worker
+from .lanes import InlineLane, Lane, MakeLane, make_lane, on_worker
 from .layout import Layout, ParamSpec, pack
 from .loader import Loader, WeightLoader
 from .machine import read_machine
@@ -143,7 +144,7 @@ def initialize(
         Ledger(manager.ledger),
         store,
         machine.device_room,
-        lambda name, waits_for_host: make_lane(name, device, lane_delay, waits_for_host),
+        partial(make_lane, device=device, delay=lane_delay),
     )
     loader = WeightLoader(model, folder, config, rank_group, device)
     engine = assemble(model, optimizer, config, parts, storage_plan, ground, loader, manager)
@@ -161,8 +162,7 @@ class Ground:
     store: NvmeStore | None
     device_room: int
     """Bytes to assume where `device_budget` is None."""
-    make_lane: Callable[[str, bool], Lane]
-    """Of a name, and whether its work waits for events of threads."""
+    make_lane: MakeLane
 
 
 def assemble(
@@ -431,21 +431,20 @@ class Lanes:
     """Saved inputs of blocks, out and back in."""
 
 
-def _make_lanes(
-    make: Callable[[str, bool], Lane], placements: list[ChunkPlacement], rank_group: RankGroup, config: EngineConfig
-) -> Lanes:
+def _make_lanes(make: MakeLane, placements: list[ChunkPlacement], rank_group: RankGroup, config: EngineConfig) -> Lanes:
     fetches = any(placement.weight_tier is not Tier.DEVICE for placement in placements)
     updates = any(placement.optimizer_tier is not Tier.DEVICE for placement in placements)
-    on_disk = any(placement.weight_tier is Tier.NVME for placement in placements)
+    on_disk = any(Tier.NVME in (placement.weight_tier, placement.optimizer_tier) for placement in placements)
 
-    def lane(name: str, needed: bool) -> Lane:
-        return make(name, updates or on_disk) if needed else InlineLane(name)
+    def lane(name: str, needed: bool, waits: bool, waits_for_host: bool) -> Lane:
+        return make(name, waits=waits, waits_for_host=waits_for_host) if needed else InlineLane(name)
 
+    is_distributed, after_updates = rank_group.is_distributed, updates or on_disk
     return Lanes(
-        lane("transfers", rank_group.is_distributed or fetches or updates),
-        lane("copies", fetches),
-        lane("updates", updates),
-        make("activations", False) if config.offload_activations else InlineLane("activations"),
+        lane("transfers", is_distributed or fetches or updates, is_distributed or on_disk, after_updates),
+        lane("copies", fetches, on_disk, after_updates),
+        lane("updates", updates, on_disk, after_updates),
+        lane("activations", config.offload_activations, False, False),
     )
 
 

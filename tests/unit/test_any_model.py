@@ -456,10 +456,16 @@ def test_nested_gathered_keeps_the_weights_of_the_outer_one():
         assert all(parameter.untyped_storage().nbytes() > 0 for parameter in model.parameters())
 
 
+def test_what_waits_for_the_processor_alone_has_no_threads():
+    before = set(threading.enumerate())
+    fit(*initialized(Blocks, placement="host"), square, 1)
+    assert set(threading.enumerate()) == before
+
+
 def test_the_threads_of_an_engine_end_with_its_model():
     before = set(threading.enumerate())
     for _ in range(3):
-        model, optimizer = initialized(Blocks, placement="host")
+        model, optimizer = initialized(Blocks, placement="host", lane_delay=float)
         fit(model, optimizer, square, 1)
         assert set(threading.enumerate()) - before
         del model, optimizer

@@ -189,7 +189,7 @@ def test_accumulation_while_updates_are_pending():
 
 
 def test_an_update_that_fails_is_an_error_of_whoever_uses_the_chunk_next():
-    model, optimizer = initialized(Blocks, placement="host")
+    model, optimizer = initialized(Blocks, placement="host", lane_delay=float)
     fit(model, optimizer, square, 2)
     chunk = engine_of(model).chunks[2]
     chunk.settle()
