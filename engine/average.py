@@ -35,7 +35,7 @@ class WeightAverage:
     def update(self) -> None:
         """Called after the optimizer's step."""
         for chunk, average in zip(self._chunks(), self._values, strict=True):
-            average.lerp_(self._master(chunk).to(average.dtype), 1 - self.decay)
+            average.lerp_(self._master(chunk).to(average.device, average.dtype), 1 - self.decay)
 
     def whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, full tensor on the CPU) of every parameter, for `save_pretrained(weights=…)`: averages of those

@@ -29,6 +29,8 @@ class Machine:
     """Bytes to assume where `device_budget` is None and placement="auto"."""
     host_room: int
     """Bytes to assume where `host_budget` is None."""
+    gpu_bytes: int | None = None
+    """Of a GPU, free for the engine and activations."""
     working_bytes: int = 0
     """What another engine with the same budget needs on the device while it computes."""
 
@@ -181,13 +183,17 @@ def device_peak(plan: StoragePlan, config: EngineConfig, working_bytes: int) -> 
 
 
 def gathered_window(layout: Layout, placements: list[ChunkPlacement], config: EngineConfig) -> int:
-    """Whole weights of sharded chunks: a block that ends, the one that begins, those that are prefetched, and those
-    that are updated in place."""
+    """Whole weights of sharded chunks, at most, where groups are used in their order."""
     sizes = group_bytes(layout, placements)
-    length = config.prefetch + 2
-    if config.update_in_backward and any(placement.weight_tier is Tier.NVME for placement in placements):
-        length += MAX_IN_FLIGHT
+    length = window_length(placements, config)
     return max((sum(sizes[start : start + length]) for start in range(len(sizes))), default=0)
+
+
+def window_length(placements: list[ChunkPlacement], config: EngineConfig) -> int:
+    """Groups that are whole together: a block that ends, the one that begins, those that are prefetched, and those that
+    are updated in place."""
+    updated = config.update_in_backward and any(placement.weight_tier is Tier.NVME for placement in placements)
+    return config.prefetch + 2 + (MAX_IN_FLIGHT if updated else 0)
 
 
 def group_bytes(layout: Layout, placements: list[ChunkPlacement]) -> list[int]:

@@ -22,11 +22,20 @@ from ..kernels import (
 )
 from .config import Precision, StatePrecision
 from .disk_tensor import DiskTensor, in_memory
-from .lanes import Event
+from .lanes import Event, Lane
 from .layout import ChunkSpec, Slot
 from .placement import ChunkPlacement, disk_name
 from .staging import Staging, alias
 from .tiers import Payload, Storage, Tier, Work, advise_huge_pages
+
+STATE_PAYLOADS = {
+    "remainder": Payload.MASTER,
+    "master": Payload.MASTER,
+    "exp_avg": Payload.EXP_AVG,
+    "exp_avg_sq": Payload.EXP_AVG_SQ,
+    "scales": Payload.SCALES,
+}
+"""Of the optimizer, by attribute of a chunk."""
 
 
 class ShardState(Enum):
@@ -82,6 +91,9 @@ class Chunk:
         """Place among all chunks of the model: the tag of its transfers."""
         self.spec = spec
         self.placement = placement
+        self.home = placement
+        """The placement in the plan. Another one is `promoted`."""
+        self._at_home: dict[str, torch.Tensor | DiskTensor] = {}  # by attribute: room kept for what is promoted
         self.owned_slots = _owned_slots(spec, placement)
         """The parts of this chunk's parameters in the owned range, in storage order."""
         self._storage = storage
@@ -147,6 +159,85 @@ class Chunk:
             return self._storage.zeros(tier, payload, numel, dtype)
         return self._storage.on_disk(payload, disk_name(self.name, payload), numel, dtype)
 
+    # Moves between two steps. The chunk is sharded, or holds the weights in `full`.
+
+    @property
+    def is_promoted(self) -> bool:
+        return bool(self._at_home)
+
+    def promote(self, lane: Lane, staging: Staging) -> None:
+        """Move weight and state to the device. Their room at home stays reserved, so that `send_home` cannot fail for
+        want of it. When this raises, the chunk is where it was."""
+        self.settle()
+        target = self.home.promoted(self.spec)
+        stays_whole = self.placement.sharded and not target.sharded
+        leaving = [name for name in STATE_PAYLOADS if getattr(self, name) is not None]
+        if self.home.optimizer_tier is Tier.DEVICE:
+            leaving = []
+        if self.home.weight_tier is not Tier.DEVICE and not stays_whole:
+            leaving.append("weight")
+        at_home = {name: getattr(self, name) for name in leaving}
+        moved = {name: self._storage.device_zeros(each.numel(), each.dtype) for name, each in at_home.items()}
+        is_new = stays_whole and self.state is ShardState.SHARDED
+        if is_new:
+            self.allocate_full()
+
+        def copy() -> None:
+            if stays_whole:
+                self.copy_weight_in(staging)
+            for name, out in moved.items():
+                self._copy_in(at_home[name], out, staging)
+
+        try:
+            lane.submit(copy, f"promote {self.name}").wait()
+        except BaseException:
+            if is_new:
+                self.free_full()
+            raise
+        if stays_whole:
+            at_home["weight"] = self.weight
+            moved["weight"] = self.full[slice(*self.placement.owned)]
+            self._count(Payload.GATHERED, -self.full.nbytes)
+        self._switch(target, moved, 1)
+        self._at_home = at_home
+
+    def send_home(self, lane: Lane, staging: Staging) -> None:
+        """Undo `promote`. Where the weights are gathered then, the caller may reshard them."""
+        self.settle()
+        here = {name: getattr(self, name).detach() for name in self._at_home}
+        becomes_sharded = self.home.sharded and not self.placement.sharded
+        if becomes_sharded:
+            here["weight"] = self.owned_in_full()
+
+        def copy() -> None:
+            for name, values in here.items():
+                self.did(Work.LINK_OUT, values.nbytes)
+                target = self._at_home[name]
+                if isinstance(target, DiskTensor):
+                    staging.write(values, target)
+                else:
+                    target.copy_(values)  # and wait: the host may update it next
+
+        lane.submit(copy, f"send home {self.name}").wait()
+        self._switch(self.home, self._at_home, -1)
+        self._at_home = {}
+        if becomes_sharded:
+            self._count(Payload.GATHERED, self.full.nbytes)
+
+    def _switch(self, placement: ChunkPlacement, values: dict[str, torch.Tensor | DiskTensor], sign: int) -> None:
+        """Nothing of it can fail. `sign`: whether the device takes them or gives them back."""
+        for name, each in values.items():
+            nbytes = each.numel() * each.dtype.itemsize
+            if name == "weight" and not self.home.promoted(self.spec).sharded:
+                nbytes = self.full.nbytes
+            self._count(STATE_PAYLOADS.get(name, Payload.WEIGHT), sign * nbytes)
+            setattr(self, name, each)
+        self.placement = placement
+        self.version += 1
+
+    def _count(self, payload: Payload, nbytes: int) -> None:
+        self._storage.ledger.add(Tier.DEVICE, payload, nbytes)
+
     def did(self, work: Work, amount: int) -> None:
         self._storage.ledger.did(work, amount)
 
@@ -176,13 +267,19 @@ class Chunk:
         """This rank's weights at rest into their place in `full`."""
         if not self.placement.sharded:
             return
-        start, stop = self.placement.owned
-        if self.placement.weight_tier is not Tier.DEVICE:
-            self.did(Work.LINK_IN, self.weight.numel() * self.spec.dtype.itemsize)
-        if isinstance(self.weight, DiskTensor):
-            staging.read(self.weight, self.full.data[start:stop])
+        out = self.full.data[slice(*self.placement.owned)]
+        if self.placement.weight_tier is Tier.DEVICE:
+            out.copy_(self.weight, non_blocking=True)
         else:
-            self.full.data[start:stop].copy_(self.weight, non_blocking=True)
+            self._copy_in(self.weight, out, staging)
+
+    def _copy_in(self, values: torch.Tensor | DiskTensor, out: torch.Tensor, staging: Staging) -> None:
+        """From where they are at rest off the device."""
+        self.did(Work.LINK_IN, out.nbytes)
+        if isinstance(values, DiskTensor):
+            staging.read(values, out)
+        else:
+            out.copy_(values, non_blocking=True)
 
     @property
     def is_updated_in_place(self) -> bool:

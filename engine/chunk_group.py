@@ -151,6 +151,17 @@ class ChunkGroup:
         ]
         self._stale += old
 
+    def promote(self, chunk: Chunk) -> None:
+        """Move it to the device for good, as `Chunk.promote` has it."""
+        chunk.promote(self._copy_lane, self._staging)
+        self._stale = [each for each in self._stale if each.placement.sharded]
+
+    def send_home(self, chunk: Chunk) -> None:
+        self.wait()
+        chunk.send_home(self._copy_lane, self._staging)
+        if self.is_idle and chunk.placement.sharded:
+            self.reshard()
+
     def reduce_gradients(self, final: bool, waiting: Collection[ChunkGradient] = ()) -> None:
         """Those in `waiting` wait on the device for more."""
         for gradient in self.gradients:

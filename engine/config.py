@@ -71,7 +71,8 @@ class EngineConfig:
     """0: everything replicated; 1: optimizer state sharded; 2: and gradients; 3: and weights."""
     placement: str = "device"
     """"device", "host" or "nvme": the tier of what is at rest. "auto": each chunk on the fastest that has room within
-    the budgets, the drive taking part where `nvme_dir` is given."""
+    the budgets, the drive taking part where `nvme_dir` is given; after the second step, what was measured to be spare
+    on the device takes more of them, and gives them back after a step that needed more."""
     param_offload: float | None = None
     """Fraction of the weights at rest that is offloaded (stage 3): with placement="host" to the host, the rest staying
     on the device, and with "nvme" to the drive, the rest staying on the host. None: all that the stage allows."""
@@ -95,7 +96,9 @@ class EngineConfig:
     is checkpointed, its forward pass raises RuntimeError. What blocks save without it, and logits, stays."""
     device_budget: int | str | None = None
     """Bytes of device memory for what the engine stores, activations not among it. In stage 3, weights stay gathered
-    while they fit in it. None: with placement="auto", six tenths of what a GPU has free, three of a CPU's memory."""
+    while they fit in it. With placement="auto", the first step that adds up micro-batches after two that did not may
+    need more. None: with placement="auto", three tenths of a CPU's memory; of a GPU's, six tenths of what is free until
+    the second step, then what activations leave. Where batches differ much in length, give a number."""
     host_budget: int | str | None = None
     """Bytes of host memory for what the engine stores, offloaded activations not among it. placement="nvme" keeps
     gradients there while they fit until the step, and else on the drive too; None: half of what this machine has free,

@@ -70,15 +70,23 @@ class ChunkGradient:
     def __init__(self, chunk: Chunk, traffic: GradientTraffic) -> None:
         self.chunk = chunk
         self._traffic = traffic
-        self._stays = not traffic.group.is_distributed and chunk.placement.gradient_tier is Tier.DEVICE
         self._kept: dict[str, torch.Tensor] = {}  # by name, each 1D [slot numel], where gradients stay
         self._local: torch.Tensor | None = None  # 1D [numel], on the device
         self._landed: set[str] = set()
         self._reduced: torch.Tensor | DiskTensor | None = None  # 1D [owned_numel]
-        self._is_on_device = chunk.placement.gradient_tier is Tier.DEVICE  # that
+        self._is_on_device = False  # that
         self._is_waiting = False  # there for more, to leave later
         self._sum_of_squares: float | torch.Tensor | None = None  # of all parts
         self._event: Event | None = None
+
+    @property
+    def _stays(self) -> bool:
+        """There is nothing to reduce, and nowhere to go."""
+        return not self._traffic.group.is_distributed and self._tier is Tier.DEVICE
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._kept and self._local is None and self._reduced is None
 
     @property
     def is_complete(self) -> bool:
@@ -291,7 +299,7 @@ class ChunkGradient:
         elif self._is_extra(reduced):
             self._traffic.ledger.add(Tier.HOST, Payload.GRADIENT, -reduced.nbytes)
         self._reduced = None
-        self._is_on_device, self._is_waiting = self._tier is Tier.DEVICE, False
+        self._is_waiting = False
         self._sum_of_squares = None
 
     def _is_extra(self, reduced: torch.Tensor | DiskTensor | None) -> bool:

@@ -25,12 +25,12 @@ from torch.autograd import Variable
 
 from .activations import ActivationOffload
 from .blocks import Unit
-from .budgets import choose_evictions, count_that_fit
+from .budgets import choose_evictions, count_that_fit, gathered_window, gradient_peak, window_length
 from .chunk_group import ChunkGroup
 from .config import EngineConfig
 from .gradients import ChunkGradient, GradientTraffic
-from .layout import Slot
-from .manager import Manager
+from .layout import Layout, Slot
+from .manager import Held, Manager
 from .nested import tensors_in
 from .tiers import Payload, Tier
 
@@ -41,18 +41,17 @@ class Schedule:
     def __init__(
         self,
         groups: list[ChunkGroup],
+        layout: Layout,
         config: EngineConfig,
         traffic: GradientTraffic,
-        gradient_peak_bytes: int,
-        window_bytes: int,
         device_room: int,
         manager: Manager,
     ) -> None:
         self.groups = groups
         self._manager = manager
-        self._number = manager.join(self, window_bytes + gradient_peak_bytes)
+        self.number = manager.join(self)
         budget = manager.budgets[Tier.DEVICE]
-        self._device_budget = config.device_budget if budget is None else budget
+        self.device_budget = config.device_budget if budget is None else budget
         self.order_hash = 0
         """Of the transfers issued since the last step. Equal on all ranks, or they ran different programs."""
         self.micro_steps = 0
@@ -63,12 +62,12 @@ class Schedule:
         """Parameters that got a gradient since the last step."""
         self._config = config
         self._traffic = traffic
-        self._gradient_peak_bytes = gradient_peak_bytes
-        self._working_bytes = window_bytes + gradient_peak_bytes
+        self._layout = layout
         self._device_room = device_room  # assumed where there is no budget
         self._waiting: frozenset[ChunkGradient] | None = None  # decided once a step
-        chunks = [chunk for group in groups for chunk in group.chunks]
-        self._gradients_leave = any(chunk.placement.gradient_tier is not Tier.DEVICE for chunk in chunks)
+        self.knows_micro_steps = False
+        """Whether `expected_micro_steps` tells if gradients are summed. If not, they are taken to be."""
+        self.count_placements()
         self.is_distributed = traffic.group.is_distributed
         self._in_backward = False
         self._called: set[str] = set()  # units, since the last backward pass
@@ -89,6 +88,25 @@ class Schedule:
         """With update_in_backward: a part of the chunks is a step ahead of the others."""
         self.activations: ActivationOffload | None = None
 
+    def count_placements(self) -> None:
+        """What follows from where the chunks are."""
+        placements = [chunk.placement for group in self.groups for chunk in group.chunks]
+        self._gradients_leave = any(placement.gradient_tier is not Tier.DEVICE for placement in placements)
+        self._gradient_peaks = [gradient_peak(self._layout, placements, self._config, count) for count in (1, 2)]
+        self._window_length = window_length(placements, self._config)
+        self._working_bytes = gathered_window(self._layout, placements, self._config) + self._gradient_peaks[1]
+        self._manager.bounds[self.number] = self._working_bytes
+
+    @property
+    def _gradient_peak(self) -> int:
+        return self._gradient_peaks[self.expected_micro_steps > 1 or not self.knows_micro_steps]
+
+    def bounds(self, micro_steps: int) -> list[tuple[list[ChunkGroup], int]]:
+        """(groups whose weights are whole together, bytes of gradients) in each moment of any program that uses the
+        groups in their order, whatever its data."""
+        starts, gradient_bytes = range(len(self.groups)), self._gradient_peaks[micro_steps > 1]
+        return [(self.groups[start : start + self._window_length], gradient_bytes) for start in starts]
+
     # Weights
 
     def use(self, needed: list[ChunkGroup], phase: str) -> None:
@@ -96,9 +114,11 @@ class Schedule:
         if all(group.is_held for group in needed):
             return  # and leave no trace: a rank may run what it likes then, without the others
         for group in needed:
-            self._manager.trace.visit((phase, self._number, group.index))
+            self._manager.visit((phase, self.number, group.index))
         predicted = self._predicted()
-        self._make_room(needed + [group for _, group in predicted])
+        wanted = needed + [group for _, group in predicted]
+        self._manager.need(wanted)
+        self._make_room(wanted)
         for group in needed:
             self._unshard(group)
         for schedule, group in predicted:
@@ -116,7 +136,9 @@ class Schedule:
         result: list[tuple[Schedule, ChunkGroup]] = []
         for _, *key in self._manager.trace.upcoming(2 * self._config.prefetch):
             entry = known.get(tuple(key))
-            if entry is not None and entry not in result and len(result) < self._config.prefetch:
+            if entry is None or entry in result or len(result) == self._config.prefetch:
+                continue
+            if entry[1].is_sharded or not entry[1].is_whole:
                 result.append(entry)
         return result
 
@@ -137,12 +159,12 @@ class Schedule:
             if schedule.is_distributed or not group.is_updating
         }
         evicted = list(idle)
-        if self._device_budget is not None:
+        if self.device_budget is not None:
             of_all = self._manager.ledger
             stored = of_all.tier_bytes(Tier.DEVICE) - of_all.bytes(Tier.DEVICE, Payload.GRADIENT)
-            needed = stored + self._gradient_peak_bytes - self._device_budget
+            needed = stored + self._gradient_peak - self.device_budget
             if self.expected_micro_steps > 1:
-                needed += sum(gradient.waiting_bytes for gradient in self._sums_on_device())
+                needed += sum(gradient.waiting_bytes for gradient in self.sums_on_device())
             needed += sum(group.gathered_bytes for group in wanted if not group.is_whole)
             future = [tuple(key) for _, *key in self._manager.trace.upcoming(3 * len(self.groups))]
             uses = {key: future.index(key) if key in future else None for key in idle}
@@ -178,6 +200,7 @@ class Schedule:
 
     def hold(self, groups: list[ChunkGroup], token: str) -> None:
         """Unshard `groups` and keep them so until `release`."""
+        self._manager.need(groups, Held(frozenset((self.number, group.index) for group in groups)))
         for group in groups:
             self._unshard(group)
             group.holders.add(token)
@@ -288,19 +311,29 @@ class Schedule:
         # Not a question of placement where ranks add up: the order of the sum would depend on it.
         return self._config.zero_stage >= 2 if self.is_distributed else self._gradients_leave
 
-    def _sums_on_device(self) -> frozenset[ChunkGradient]:
+    def sums_on_device(self) -> frozenset[ChunkGradient]:
         """Gradients that leave whose sum of micro-batches has room on the device until the last one, beside what is at
         rest there, the blocks in use and the gradients that pass. The same on every rank, and in a step."""
         if self._waiting is None:
-            budget = self._device_room if self._device_budget is None else self._device_budget
-            of_all = self._manager.ledger
-            passing = sum(of_all.bytes(Tier.DEVICE, payload) for payload in (Payload.GATHERED, Payload.GRADIENT))
-            at_rest = of_all.tier_bytes(Tier.DEVICE) - passing
+            budget = self._device_room if self.device_budget is None else self.device_budget
+            at_rest = self._manager.ledger.device_bytes_at_rest()
             leaving = [gradient for group in self.groups for gradient in group.gradients if gradient.waiting_bytes]
             room = budget - at_rest - max(self._working_bytes, self._manager.working_bytes)
             count = count_that_fit([gradient.waiting_bytes for gradient in leaving], room)
             self._waiting = frozenset(leaving[:count])
         return self._waiting
+
+    @property
+    def has_summed(self) -> bool:
+        """Whether `sums_on_device` waited there in this step."""
+        sums_early = not self.is_distributed or self._config.zero_stage >= 2
+        return sums_early and self.micro_steps > 1 and self.expected_micro_steps > 1
+
+    def summing_bytes(self) -> int:
+        """What the device holds at most, by bounds, where the sums of all gradients that leave wait there."""
+        waiting = sum(gradient.waiting_bytes for group in self.groups for gradient in group.gradients)
+        working = max(self._working_bytes, self._manager.working_bytes)
+        return self._manager.ledger.device_bytes_at_rest() + working + waiting
 
     def _reduce_next(self) -> None:
         self._next_reduce -= 1
@@ -313,7 +346,7 @@ class Schedule:
         self._reduced.add(group)
         if group.gradients and self._reduces_now():
             self._note_order(group.index + len(self.groups))
-            group.reduce_gradients(self._is_final, () if self._is_final else self._sums_on_device())
+            group.reduce_gradients(self._is_final, () if self._is_final else self.sums_on_device())
             if self.on_complete is not None:
                 self.on_complete(group)
 

@@ -46,13 +46,14 @@ class InBackward:
     def follow(self, chunk: Chunk | None) -> list[Chunk]:
         """Chunks on a drive in the order in which their updates are expected after that of `chunk`; None: after the
         last one of the pass."""
-        if chunk is None:
-            return self._order
-        self._done.append(chunk)
-        if chunk not in self._order:
-            return []
-        at = self._order.index(chunk)
-        return self._order[at + 1 :] + self._order[:at]
+        order = self._order
+        if chunk is not None:
+            self._done.append(chunk)
+            if chunk not in order:
+                return []
+            at = order.index(chunk)
+            order = order[at + 1 :] + order[:at]
+        return [each for each in order if isinstance(each.exp_avg, DiskTensor)]  # the others are on the device by now
 
     def bound(self, group: ChunkGroup) -> None:
         """Wait until few updates are under way."""

@@ -20,6 +20,7 @@ from .in_backward import InBackward
 from .lanes import Lane
 from .layout import Slot
 from .loss_scaler import DynamicLossScaler
+from .migration import Migration
 from .streaming import Source, UpdateStream, WrittenEvent
 from .tiers import Tier
 from .update import ChunkUpdate, Run, execute
@@ -75,6 +76,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         model: torch.nn.Module,
         lane: Lane,
         stream: UpdateStream | None,
+        migration: Migration | None,
     ) -> None:
         super().__init__([{"params": group["params"]} for group in user.param_groups], user.defaults)
         self.param_groups = user.param_groups  # the same dicts: a scheduler made before keeps working
@@ -88,6 +90,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._model = model
         self._lane = lane
         self._stream = stream  # where something is on a drive
+        self._migration = migration
         self._trainable = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
         self.scaler = (
             DynamicLossScaler(config.loss_scale or 2.0**16) if config.precision == Precision.FP16.value else None
@@ -132,10 +135,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._schedule.recover()
         self._schedule.check_sound()
         self._check_usage()
+        moves = self._migration is not None and self._migration.is_due()
         if self._in_backward is not None:
             self._end_updates(self._in_backward)
         else:
-            touched = self._agree()
+            touched, moves = self._agree(moves)
             self._schedule.reshard_all()
             self.grad_norm, found_inf = self._norm()
             if found_inf:
@@ -146,6 +150,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 self.scaler.update(found_inf)
         self._schedule.expected_micro_steps = max(self._schedule.micro_steps, 1)
         self.zero_grad()
+        if moves:
+            self._migration.move()
         self._schedule.prefetch()
         return loss
 
@@ -172,8 +178,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
                     if parameter.requires_grad and fqn not in self._trainable:
                         raise RuntimeError(f"{fqn} was frozen in initialize(): set requires_grad before it")
 
-    def _agree(self) -> set[str]:
-        """Make ranks agree on what got gradients, and reduce what has not been. Returns the touched parameters' names.
+    def _agree(self, moves: bool) -> tuple[set[str], bool]:
+        """Make ranks agree on what got gradients, and reduce what has not been. Returns the touched parameters' names,
+        and whether chunks move on any rank.
 
         Raises RuntimeError on every rank when they issued different transfers: their weights would mix.
         """
@@ -182,8 +189,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         waiting = [any(gradient.has_local for gradient in group.gradients) for group in self._groups]
         flags = [float(fqn in schedule.touched) for fqn in names]
         if self._rank_group.is_distributed:
-            mine = [schedule.order_hash, schedule.order_hash**2, *map(float, waiting), *flags]
-            total, total_of_squares, *rest = sum_over_ranks(mine, self._rank_group)
+            mine = [schedule.order_hash, schedule.order_hash**2, float(moves), *map(float, waiting), *flags]
+            total, total_of_squares, moves, *rest = sum_over_ranks(mine, self._rank_group)
             if total**2 != size * total_of_squares:  # Cauchy-Schwarz: equal only when all are
                 raise RuntimeError(
                     "ranks ran their blocks in different orders since the last step, so that they gathered or reduced "
@@ -196,7 +203,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 group.reduce_gradients(final=True)
             for gradient in group.gradients:
                 gradient.leave()
-        return {fqn for fqn, flag in zip(names, flags, strict=True) if flag}
+        return {fqn for fqn, flag in zip(names, flags, strict=True) if flag}, moves > 0
 
     def _norm(self) -> tuple[float, bool]:
         """Global 2-norm of the averaged, unscaled gradient, and whether it is not finite."""

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -53,6 +53,24 @@ class ChunkPlacement:
             if self.gradient_tier is not Tier.DEVICE:
                 result[self.gradient_tier, Payload.GRADIENT] = self.gradient_bytes(spec)
         return result
+
+    def tier_bytes(self, tier: Tier, spec: ChunkSpec) -> int:
+        """At rest on one tier."""
+        return sum(nbytes for (where, _), nbytes in self.payload_bytes(spec).items() if where is tier)
+
+    def is_on_device(self, spec: ChunkSpec) -> bool:
+        return all(tier is Tier.DEVICE for tier, _ in self.payload_bytes(spec))
+
+    def promoted(self, spec: ChunkSpec) -> "ChunkPlacement":
+        """With all of it on the device. Where one rank has the whole chunk, its weights are gathered for good."""
+        sharded = self.sharded and self.owned_numel < spec.numel
+        return replace(
+            self,
+            sharded=sharded,
+            weight_tier=Tier.DEVICE,
+            optimizer_tier=Tier.DEVICE,
+            gradient_tier=Tier.DEVICE,
+        )
 
     def gradient_bytes(self, spec: ChunkSpec) -> int:
         """Taken at start, off the device. On the host, float32 sums of 16-bit gradients get other memory when there are

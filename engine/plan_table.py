@@ -18,6 +18,13 @@ def forecast_lines(forecast: Forecast) -> list[str]:
     for work, amount in sorted(forecast.work.items(), key=lambda each: each[0].value):
         unit = "M parameters" if work in (Work.HOST_ADAM, Work.DEVICE_ADAM) else "MB"
         lines.append(f"  {work.value:14}{amount / 1e6:14,.1f} {unit}")
+    if forecast.promotion is not None:
+        moved = forecast.promotion
+        lines.append(
+            f"after the second step, spare device memory takes weights and state of {moved.chunks} of the "
+            f"{moved.of_chunks} chunks that are off it: {moved.device_bytes / 1e6:,.1f} MB, "
+            f"{moved.saved_bytes / 1e6:,.1f} MB less moved a step"
+        )
     if forecast.step_s is None:
         return lines
     lines.append(f"predicted: {forecast.step_s:,.3f} s a step, bound by {forecast.bound}; busy:")

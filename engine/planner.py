@@ -59,6 +59,8 @@ class Plan:
             return {Tier(tier): payloads["total"]["peak_bytes"] for tier, payloads in self.forecast.memory.items()}
         peaks = {tier: sum(payloads.values()) for tier, payloads in self.bytes_at_rest.items()}
         peaks[Tier.DEVICE] = peaks.get(Tier.DEVICE, 0) + self.gathered_peak_bytes + self.gradient_peak_bytes
+        if self.config.placement == "auto" and len(peaks) > 1:  # what is spare is used, within the budget
+            peaks[Tier.DEVICE] = max(peaks[Tier.DEVICE], self.config.device_budget or 0)
         return peaks
 
     def problems(self, room: dict[Tier, int]) -> list[str]:
@@ -197,7 +199,7 @@ def _enter(manager: Manager, storage_plan: StoragePlan, config: EngineConfig) ->
             manager.ledger.add(tier, payload, nbytes)
     window = gathered_window(storage_plan.layout, storage_plan.placements, config)
     working = window + gradient_peak(storage_plan.layout, storage_plan.placements, config, 2)
-    manager.working_bytes = max(manager.working_bytes, working)
+    manager.bounds[len(manager.bounds)] = working
 
 
 def _gathered_peak(storage_plan: StoragePlan, config: EngineConfig) -> int:

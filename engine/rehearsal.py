@@ -27,6 +27,7 @@ from .collectives import RankGroup
 from .lanes import InlineLane, Lane
 from .loader import bind
 from .manager import Manager
+from .migration import Promotion
 from .peer_memory import can_read_own
 from .rates import Rates
 from .shard import Engine, Ground, assemble, prepare
@@ -36,7 +37,8 @@ from .trace import AccessTrace
 COMPUTE = "compute"
 DISK = "disk"
 STEPS = 3
-"""Rehearsed: the first has no trace of the order of use, the second no update of a step before the one before it."""
+"""Rehearsed: the first has no trace of the order of use, the second no update of a step before the one before it, and
+after it spare memory is used (`migration`)."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Forecast:
     busy_s: dict[str, float]
     """By lane, COMPUTE and DISK."""
     moments: list[Moment]
+    promotion: Promotion | None = None
+    """What spare device memory was used for after the second step, with placement="auto"."""
 
     @property
     def bound(self) -> str | None:
@@ -179,12 +183,16 @@ class SimulatedGroup(RankGroup):
 class Observer(Ledger):
     """A ledger that follows the clocks and the activations too."""
 
-    def __init__(self, clocks: Clocks, rates: Rates | None, of_all: Ledger) -> None:
+    def __init__(self, clocks: Clocks, rates: Rates | None, of_all: Ledger, world_size: int) -> None:
         super().__init__(of_all)
+        # Payloads that chunks get anew when they are promoted. On one rank, weights stay where they were gathered.
+        self._promoted = (Payload.MASTER, Payload.EXP_AVG, Payload.EXP_AVG_SQ, Payload.SCALES)
+        self._promoted += (Payload.WEIGHT,) if world_size > 1 else ()
         self._clocks = clocks
         self._rates = rates
         self._other_bytes = 0  # of all that is not a chunk's
-        self._gradient_bytes_at_rest = 0
+        self._counted_bytes_at_rest = 0
+        self._recent_activation_bytes = 0
         self.activation_peak_bytes = self.device_peak_bytes = 0
         self.moments: list[Moment] = []
         self.flops = 0
@@ -207,10 +215,10 @@ class Observer(Ledger):
 
     def begin_steps(self) -> None:
         """What was stored before is at rest."""
-        self._gradient_bytes_at_rest = self._gradient_bytes()
+        self._counted_bytes_at_rest = self._counted_bytes()
 
     def allocated(self, nbytes: int) -> None:
-        """A tensor was made, or is gone: of activations or of gradients, whose bytes the ledger has already."""
+        """A tensor was made, or is gone: of activations, or of what the ledger has already."""
         self._other_bytes += nbytes
         self._look()
 
@@ -218,13 +226,23 @@ class Observer(Ledger):
         self.moments.append(Moment(name, self._clocks.now[COMPUTE], 0, 0))
         self._look()
 
-    def _gradient_bytes(self) -> int:
-        return sum(self.bytes(tier, Payload.GRADIENT) for tier in Tier)
+    def take_recent_activations(self) -> int:
+        """The most since the last call."""
+        recent, self._recent_activation_bytes = self._recent_activation_bytes, self._activation_bytes()
+        return recent
+
+    def _counted_bytes(self) -> int:
+        """In the ledger, of tensors that are made in steps."""
+        gradients = sum(self.bytes(tier, Payload.GRADIENT) for tier in Tier)
+        promoted = sum(self.bytes(Tier.DEVICE, payload) for payload in self._promoted)
+        return gradients + promoted + self.bytes(Tier.HOST, Payload.ACTIVATION)  # what lies elsewhere is on meta too
+
+    def _activation_bytes(self) -> int:
+        return max(self._other_bytes - (self._counted_bytes() - self._counted_bytes_at_rest), 0)
 
     def _look(self) -> None:
-        # What lies elsewhere is on meta too.
-        passing = self._gradient_bytes() - self._gradient_bytes_at_rest + self.bytes(Tier.HOST, Payload.ACTIVATION)
-        stored, activations = self.tier_bytes(Tier.DEVICE), max(self._other_bytes - passing, 0)
+        stored, activations = self.tier_bytes(Tier.DEVICE), self._activation_bytes()
+        self._recent_activation_bytes = max(self._recent_activation_bytes, activations)
         self.activation_peak_bytes = max(self.activation_peak_bytes, activations)
         self.device_peak_bytes = max(self.device_peak_bytes, stored + activations)
         if self.moments:
@@ -235,6 +253,23 @@ class Observer(Ledger):
                     stored_bytes=max(stored, last.stored_bytes),
                     activation_bytes=max(activations, last.activation_bytes),
                 )
+
+
+@dataclass(frozen=True)
+class ObservedMeter:
+    """A GPU's memory in a rehearsal, where nothing is fragmented."""
+
+    ledger: Observer
+    gpu_bytes: int
+
+    def take_other_bytes(self, stored_bytes: int) -> int:
+        return self.ledger.take_recent_activations()
+
+    def room_bytes(self) -> int:
+        return self.gpu_bytes
+
+    def take_overshoot(self) -> int:
+        return max(self.ledger.device_peak_bytes - self.gpu_bytes, 0)
 
 
 class ObservedTrace(AccessTrace):
@@ -408,7 +443,7 @@ def rehearse(
     with every operation."""
     clocks = Clocks()
     manager = Manager()
-    ledger = Observer(clocks, rates, manager.ledger)
+    ledger = Observer(clocks, rates, manager.ledger, world_size)
     group = SimulatedGroup(0, world_size, None, None, on_gpu=machine.on_gpu)
     on_meta = meta_copy(model)
     ours = meta_optimizer(model, optimizer, on_meta)
@@ -418,7 +453,9 @@ def rehearse(
     def make_lane(name: str, *, waits: bool, waits_for_host: bool) -> Lane:
         return SimulatedLane(name, clocks) if waits or machine.on_gpu else InlineLane(name)  # as lanes.make_lane
 
-    ground = Ground(torch.device("meta"), group, ledger, store, machine.device_room, make_lane)
+    has_budget = options.get("device_budget") is not None
+    meter = None if has_budget or machine.gpu_bytes is None else ObservedMeter(ledger, machine.gpu_bytes)
+    ground = Ground(torch.device("meta"), group, ledger, store, machine.device_room, make_lane, meter)
     manager.trace = ObservedTrace(ledger, [each.name for each in storage_plan.layout.groups])
     engine = assemble(on_meta, ours, config, parts, storage_plan, ground, BindOnly(on_meta), manager)
 
@@ -443,6 +480,7 @@ def rehearse(
         step_s=None if rates is None else elapsed,
         busy_s=dict(busy),
         moments=ledger.moments[first_moment:],
+        promotion=None if engine.migration is None else engine.migration.promotion,
     )
 
 

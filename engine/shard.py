@@ -17,7 +17,7 @@ from torch import nn
 
 from .activations import ActivationOffload
 from .blocks import ModelParts, find_parts
-from .budgets import Machine, check_budgets, gathered_window, gradient_peak, plan_storage, ring_itemsizes
+from .budgets import Machine, check_budgets, plan_storage, ring_itemsizes
 from .chunk import Chunk
 from .chunk_group import ChunkGroup
 from .collectives import RankGroup, make_rank_group
@@ -27,8 +27,9 @@ from .hooks import Schedule, UnitHooks
 from .lanes import InlineLane, Lane, MakeLane, make_lane, on_worker
 from .layout import Layout, ParamSpec, pack
 from .loader import Loader, WeightLoader
-from .machine import read_machine
-from .manager import Manager
+from .machine import make_meter, read_machine
+from .manager import Manager, Meter
+from .migration import Migration
 from .nested import tensors_in
 from .nvme import NvmeStore
 from .optimizer import ZeroOptimizer, read_adam_groups
@@ -55,6 +56,8 @@ class Engine:
     schedule: Schedule
     rank_group: RankGroup
     ledger: Ledger
+    migration: Migration | None
+    """Where placement="auto" has put something off the device, and there is something to train."""
 
     def __deepcopy__(self, memo: dict) -> "Engine":
         raise RuntimeError("a model that is sharded cannot be copied: copy it before initialize()")
@@ -119,8 +122,9 @@ def initialize(
     device = _compute_device(device)
     timeout_s = options.get("timeout_s", EngineConfig.timeout_s)
     rank_group = make_rank_group(process_group, device, timeout_s if isinstance(timeout_s, int | float) else 60)
-    machine = read_machine(device, rank_group)
     manager = manager or Manager()
+    manager.send_all_home()
+    machine = read_machine(device, rank_group)
     machine = replace(machine, working_bytes=manager.working_bytes)
     prepared, error = None, None
 
@@ -145,6 +149,7 @@ def initialize(
         store,
         machine.device_room,
         partial(make_lane, device=device, delay=lane_delay),
+        make_meter(device) if options.get("device_budget") is None and manager.budgets[Tier.DEVICE] is None else None,
     )
     loader = WeightLoader(model, folder, config, rank_group, device)
     engine = assemble(model, optimizer, config, parts, storage_plan, ground, loader, manager)
@@ -163,6 +168,8 @@ class Ground:
     device_room: int
     """Bytes to assume where `device_budget` is None."""
     make_lane: MakeLane
+    meter: Meter | None = None
+    """Tells what the device has room for, where no budget does."""
 
 
 def assemble(
@@ -208,16 +215,16 @@ def assemble(
         )
     loader.load_buffers()
 
-    gradient_peak_bytes = gradient_peak(layout, placements, config, 2)
-    window_bytes = gathered_window(layout, placements, config)
-    schedule = Schedule(groups, config, traffic, gradient_peak_bytes, window_bytes, ground.device_room, manager)
+    schedule = Schedule(groups, layout, config, traffic, ground.device_room, manager)
     _register_hooks(model, parts, groups, schedule, config)
     if config.offload_activations:
         chunks = [chunk for group in groups for chunk in group.chunks]
         schedule.activations = ActivationOffload(chunks, device, lanes.activations, ledger, config.prefetch)
         schedule.activations.register(model, parts.block_modules)
-    zero_optimizer = None
+    zero_optimizer = migration = None
     if optimizer is not None:
+        if config.placement == "auto" and not all(p.is_on_device(s) for _, s, p in storage_plan.named_chunks()):
+            migration = Migration(groups, schedule, rank_group, config, manager, ground.meter)
         stream = None
         if storage_plan.uses_disk:
             stream = UpdateStream(
@@ -226,8 +233,10 @@ def assemble(
                 device,
                 weights_at_hand=config.update_in_backward,
             )
-        zero_optimizer = ZeroOptimizer(optimizer, groups, schedule, rank_group, config, model, lanes.updates, stream)
-    engine = Engine(model, zero_optimizer, config, layout, groups, schedule, rank_group, ledger)
+        zero_optimizer = ZeroOptimizer(
+            optimizer, groups, schedule, rank_group, config, model, lanes.updates, stream, migration
+        )
+    engine = Engine(model, zero_optimizer, config, layout, groups, schedule, rank_group, ledger, migration)
     for module in model.modules():
         module.__dict__[_ENGINE_ATTRIBUTE] = engine
     weakref.finalize(model, _close, lanes, ground.store, ledger)

@@ -78,6 +78,7 @@ class Ledger:
         self._lock = threading.Lock()
         self._now: Counter[tuple[Tier, Payload]] = Counter()
         self._peak: Counter[tuple[Tier, Payload]] = Counter()
+        self._recent: Counter[tuple[Tier, Payload]] = Counter()  # the most since somebody asked
         self._tier_now: Counter[Tier] = Counter()
         self._tier_peak: Counter[Tier] = Counter()
         self.work: Counter[Work] = Counter()
@@ -99,6 +100,8 @@ class Ledger:
             tier_now = self._tier_now[tier] = self._tier_now[tier] + nbytes
             if now > self._peak[key]:
                 self._peak[key] = now
+            if now > self._recent[key]:
+                self._recent[key] = now
             if tier_now > self._tier_peak[tier]:
                 self._tier_peak[tier] = tier_now
         if self._of_all is not None:
@@ -114,6 +117,18 @@ class Ledger:
 
     def tier_bytes(self, tier: Tier) -> int:
         return self._tier_now[tier]
+
+    def device_bytes_at_rest(self) -> int:
+        """Without gathered weights and gradients, which come and go."""
+        passing = self.bytes(Tier.DEVICE, Payload.GATHERED) + self.bytes(Tier.DEVICE, Payload.GRADIENT)
+        return self.tier_bytes(Tier.DEVICE) - passing
+
+    def take_recent_peak(self, tier: Tier, payload: Payload) -> int:
+        """The most that was stored since the last call."""
+        key = (tier, payload)
+        with self._lock:
+            recent, self._recent[key] = self._recent[key], self._now[key]
+        return recent
 
     def report(self) -> dict[str, dict[str, dict[str, int]]]:
         """{tier: {payload: {"bytes", "peak_bytes"}}} of what was ever stored, and each tier's "total"."""
@@ -198,17 +213,21 @@ class Storage:
 
     def zeros(self, tier: Tier, payload: Payload, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """A 1-D payload that lives as long as the engine."""
-        if tier is Tier.DEVICE and self.device.type == "cpu":
-            # Pages of their own: blocks that stay, among malloc's short-lived ones, would leave holes between them.
-            tensor = HostSlab(numel * dtype.itemsize, self.device).take(numel, dtype)
-        elif tier is Tier.DEVICE:
-            tensor = torch.zeros(numel, dtype=dtype, device=self.device)
+        if tier is Tier.DEVICE:
+            tensor = self.device_zeros(numel, dtype)
         elif tier is Tier.HOST and self._slab is not None:
             tensor = self._slab.take(numel, dtype)
         else:
             raise RuntimeError(f"nothing was reserved on tier {tier.value}")
         self.ledger.add(tier, payload, tensor.nbytes)
         return tensor
+
+    def device_zeros(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """What stays on the device for long; the caller enters it in the ledger."""
+        if self.device.type == "cpu":
+            # Pages of their own: blocks that stay, among malloc's short-lived ones, would leave holes between them.
+            return HostSlab(numel * dtype.itemsize, self.device).take(numel, dtype)
+        return torch.zeros(numel, dtype=dtype, device=self.device)
 
     def on_disk(self, payload: Payload, name: str, numel: int, dtype: torch.dtype) -> DiskTensor:
         """Zeros in the buffer `name` of the store."""

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..kernels import AdamHyper, fused_adam_
-from .chunk import Chunk, payload_part
+from .chunk import STATE_PAYLOADS, Chunk, payload_part
 from .disk_tensor import DiskTensor
 from .tiers import Tier, Work
 
-PAYLOADS = ("weight", "remainder", "master", "exp_avg", "exp_avg_sq", "scales")
+PAYLOADS = ("weight", *STATE_PAYLOADS)
 """Of a chunk, what an update reads and writes."""
 
 
