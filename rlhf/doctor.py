@@ -5,7 +5,7 @@
     megalith doctor --only walks
 
 Prints a table of verdicts: the median over the seeds against the optimum and the pass line. Exit status 1 when any line
-is missed.
+is missed. What there is to see beside (the over-optimisation of a reward model) is left in --save_path.
 """
 
 import argparse
@@ -21,7 +21,8 @@ from .errors import InputError, exit_on_input_error
 
 
 def examine(chosen, seeds):
-    """[(Check, [value of each seed], whether the median passes)]; a trial is run once for all its checks."""
+    """([(Check, [value of each seed], whether the median passes)], {trial: [what was measured with each seed]}); a
+    trial is run once for all its checks."""
     trials = list(dict.fromkeys(check.trial for check in chosen))
     measured = {}
     total = sum(trial.iterations for trial in trials) * len(seeds)
@@ -32,7 +33,7 @@ def examine(chosen, seeds):
     for check in chosen:
         values = [check.value(of_seed) for of_seed in measured[check.trial]]
         results.append((check, values, bool(check.passes(statistics.median(values)))))
-    return results
+    return results, measured
 
 
 def table(results):
@@ -55,6 +56,7 @@ def _run(argv):
     parser.add_argument("--quick", action="store_true", help="a short subset, with the first seed alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", metavar="TEXT", help="the checks whose names contain this")
+    parser.add_argument("--save_path", default="doctor_out", help="folder for tables and plots beside the verdicts")
     options = parser.parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("doctor is one process, which starts a second rank by itself: leave out --nproc_per_node")
@@ -63,7 +65,10 @@ def _run(argv):
     if not chosen:
         raise InputError(f"--only {options.only}: no check has this in its name")
     torch.set_num_threads(1)  # the models are tiny
-    results = examine(chosen, options.seeds[:1] if options.quick else options.seeds)
+    results, measured = examine(chosen, options.seeds[:1] if options.quick else options.seeds)
+    for trial, of_seeds in measured.items():
+        if trial.leave is not None:
+            print(f"{trial.leave(of_seeds, options.save_path)}\n")
     print(table(results))
     failed = sum(not passed for _, _, passed in results)
     print(f"{len(results) - failed} of {len(results)} checks pass", flush=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import doctor_commands, doctor_engine, doctor_ptx
+from . import doctor_commands, doctor_curve, doctor_engine, doctor_ptx
 from . import doctor_tasks as tasks
 from .arguments import LoraArguments
 from .doctor_run import Setting, run
@@ -29,6 +29,9 @@ class Trial:
 
     iterations: int
     perform: Callable
+    leave: Callable | None = None
+    """`leave(what was measured with each seed, folder)` writes into the folder what there is beside the checks, and
+    returns it as text."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,9 @@ def _wiring():
 
 def _chains():
     """Several stages, one after the other."""
-    chain = Trial(48, doctor_commands.pipeline)
+    chain = Trial(
+        72, doctor_commands.pipeline, lambda runs, folder: doctor_curve.leave([m.curves for m in runs], folder)
+    )
     walked = Trial(60, doctor_commands.walks)
     kept = Trial(2 * doctor_ptx.TASK.iterations, _alone(doctor_ptx.keeps))
     return [

@@ -23,11 +23,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from . import train_ppo, train_rm, train_sft
+from . import doctor_curve, train_ppo, train_rm, train_sft
 from .data import write_rows
 from .decoding import generate
 from .sampling import SamplingOptions
 
+LETTER_IDS = ".abcdefghijklmnopqrstuvwxyz"
 STOP = 0  # id of "."
 MEASURED = 2048  # answers
 EPISODES = 128  # a rollout
@@ -36,7 +37,8 @@ EPISODES = 128  # a rollout
 # Preferences, a reward model, PPO
 
 LETTERS, LONGEST = 7, 6
-BETA, MISSING_STOP = 0.5, 5.0  # what a truncated answer costs
+BETA, MISSING_STOP = 0.5, 5.0  # the price of a nat of KL; what a truncated answer costs
+FREE = 0.005  # a price of KL at which the policy strays as far as the reward model pays for
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Pipeline:
 
     accuracy_of_bayes: float  # the reward model's share of the accuracy that the noise of the preferences allows
     gain_share: float  # (J - J of the reference) / (J* - J of the reference)
+    curves: dict[float, list[doctor_curve.Point]]  # by the price of KL
 
 
 def true_reward(weights, answer):
@@ -65,7 +68,7 @@ def pipeline_optimum(weights, beta=BETA, longest=LONGEST):
 
 
 def pipeline(seed, progress, pairs=2000, iterations=24):
-    """A Pipeline; `progress(steps)` counts to `iterations` and as many for the reward model."""
+    """A Pipeline; `progress(steps)` counts to `iterations` for the reward model and for each of two policies."""
     rng = np.random.default_rng([seed, 5])
     weights = rng.normal(size=LETTERS + 1)
     weights -= weights.mean()
@@ -84,21 +87,40 @@ def pipeline(seed, progress, pairs=2000, iterations=24):
         )
         progress(iterations)
         unit = json.loads((folder / "rm" / "config.json").read_text())["std"]  # of the scores that PPO is paid
-        _ppo(
-            folder,
-            f"--pretrain {folder}/base --rm_path {folder}/rm --kl_coef {BETA / unit} --max_new_tokens {LONGEST} "
-            f"--missing_eos_penalty {MISSING_STOP / unit} --value_clip 0",
-            iterations,
-            seed,
-        )
-        progress(iterations)
+        curves = {}
+        for price in (FREE, BETA):  # the last one's actor is measured
+            _ppo(
+                folder,
+                f"--pretrain {folder}/base --rm_path {folder}/rm --kl_coef {price / unit} --max_new_tokens {LONGEST} "
+                f"--missing_eos_penalty {MISSING_STOP / unit} --value_clip 0 --sample_rows {EPISODES}",
+                iterations,
+                seed,
+            )
+            progress(iterations)
+            curves[price] = doctor_curve.read_curve(folder / "out" / "samples.jsonl", _gold_of(weights), _paid)
         accuracy = _accuracy_of_bayes(folder / "rm", weights, rng)
         answers, logprobs = _answers(folder / "out" / "actor", [[i % LETTERS + 1] for i in range(MEASURED)], seed)
     rewards = np.array([true_reward(weights, answer) for answer in answers])
     lengths = np.array([len(answer) - 1 for answer in answers])
     kl = np.array(logprobs) + lengths * math.log(LETTERS + 1)
     best, reference = pipeline_optimum(weights)
-    return Pipeline(accuracy, float(((rewards - BETA * kl).mean() - reference) / (best - reference)))
+    return Pipeline(accuracy, float(((rewards - BETA * kl).mean() - reference) / (best - reference)), curves)
+
+
+def _gold_of(weights):
+    """The true reward of a row of samples.jsonl."""
+
+    def gold(row):
+        end = "" if row["truncated"] else _text([STOP])
+        ids = [LETTER_IDS.index(letter) for letter in row["prompt"] + row["response"] + end]
+        return true_reward(weights, np.array(ids))
+
+    return gold
+
+
+def _paid(row):
+    """What PPO is paid for it, up to a constant."""
+    return row["score"] - MISSING_STOP * row["truncated"]
 
 
 def _drawn_pairs(weights, count, rng):
@@ -242,7 +264,7 @@ def _ppo(folder, options, iterations, seed):
         f"{folder}/prompts.jsonl --prompt_format plain --save_path {folder}/out {options} --score_clip 0 "
         f"--experience_batch_size {EPISODES} --train_batch_size {EPISODES} --ppo_epochs 4 --num_episodes {iterations} "
         "--max_timesteps 1 --lr 4e-3 --critic_lr 4e-3 --strategy zero2 --precision fp32 --device cpu "
-        f"--tensorboard false --log_interval 1000 --seed {seed}".split()
+        f"--tensorboard false --log_interval 1 --seed {seed}".split()
     )
 
 
@@ -271,7 +293,7 @@ def _uniform_model(folder, vocab, seed):
 
 
 def _text(ids):
-    return "".join(".abcdefghijklmnopqrstuvwxyz"[i] for i in ids)
+    return "".join(LETTER_IDS[i] for i in ids)
 
 
 @contextlib.contextmanager

@@ -81,7 +81,7 @@ class RLRun:
         if step % output_args.log_interval == 0 or step == self.iterations:
             episode = {"step": step, "episode": step * self._rows}
             self._log.write({**episode, **metrics, "peak_memory_bytes": peak_memory_bytes(self.ranks.device)})
-            self._samples_log.write(step, experience, self.learner.decode)
+            self._samples_log.write(step, experience, self.learner.decode, output_args.sample_rows)
         if output_args.save_interval and step % output_args.save_interval == 0:
             save(checkpoints.path_for(self._save_path, step), self.learner, self._cursor, self._preparation.data_key)
             if self.ranks.is_first:

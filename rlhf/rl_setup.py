@@ -93,6 +93,11 @@ class CriticArguments:
 @dataclass(frozen=True)
 class RLOutputArguments(OutputArguments):
     log_interval: int = HfArg(default=1, help="iterations between two lines of metrics")
+    sample_rows: int = HfArg(default=4, help="answers of each such iteration in samples.jsonl, from the first on")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.sample_rows >= 0, "sample_rows", self.sample_rows, "at least 0")
 
 
 @dataclass(frozen=True)

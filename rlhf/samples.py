@@ -17,7 +17,7 @@ class SamplesLog:
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._file = path.open("a", buffering=1, encoding="utf-8")
 
-    def write(self, step, experience, decode, count=4):
+    def write(self, step, experience, decode, count):
         """The first `count` episodes: prompt, response, raw score, KL summed over the answer, length, truncated."""
         if self._file is None:
             return

@@ -1,6 +1,7 @@
 """The doctor: closed forms, a task that PPO has to solve, and controls. What its tasks catch is in `test_mutants`."""
 
 import itertools
+import json
 import math
 import types
 from collections import Counter
@@ -9,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from megalith.rlhf import doctor, doctor_commands, doctor_ptx, doctor_run, doctor_tasks
+from megalith.rlhf import doctor, doctor_commands, doctor_curve, doctor_ptx, doctor_run, doctor_tasks
 from megalith.rlhf.doctor_checks import Check, Trial
 from megalith.rlhf.doctor_run import Setting, build_learner, run
 
@@ -80,12 +81,42 @@ def test_the_optimum_of_the_pipeline_is_that_of_enumeration():
     assert doctor_commands.pipeline_optimum(weights, beta, longest) == expected
 
 
-def test_preferences_a_reward_model_and_ppo():
+def test_preferences_a_reward_model_and_ppo(tmp_path):
     steps = []
     measured = doctor_commands.pipeline(0, steps.append, pairs=500, iterations=2)
-    assert sum(steps) == 4
+    assert sum(steps) == 6
     assert measured.accuracy_of_bayes > 0.8
     assert 0 < measured.gain_share < 1
+
+    for points in measured.curves.values():
+        assert [point.iteration for point in points] == [1, 2]
+        assert points[0].sqrt_kl < 1e-3 < points[1].sqrt_kl  # the first rollout is the reference's
+        assert points[0].proxy == points[0].gold and points[1].proxy > points[0].proxy
+    rng = np.random.default_rng([0, 5])
+    weights = rng.normal(size=doctor_commands.LETTERS + 1)
+    _, reference = doctor_commands.pipeline_optimum(weights - weights.mean())
+    first = measured.curves[doctor_commands.BETA][0]
+    assert abs(first.gold - reference) < 4 * first.gold_error
+
+    printed = doctor_curve.leave([measured.curves], tmp_path / "new").splitlines()
+    assert len(printed) == 1 + 2 * 3 and printed[1].split()[:2] == ["0.005", "1"]
+    [of_seed] = json.loads((tmp_path / "new" / "over_optimisation.json").read_text())["seeds"]
+    assert of_seed["0.5"][1]["gold"] == measured.curves[0.5][1].gold
+    assert (tmp_path / "new" / "over_optimisation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_over_optimisation_curve_is_read_from_whole_rollouts(tmp_path):
+    rows = [(1, -0.1, 1.0, 5.0), (1, 0.1, 2.0, 6.0), (2, 4.0, 7.0, 9.0), (2, 5.0, 8.0, 9.0)]
+    lines = [
+        json.dumps({"step": step, "kl": kl, "gold": gold, "score": score, "truncated": step == 2})
+        for step, kl, gold, score in rows
+    ]
+    (tmp_path / "samples.jsonl").write_text("\n".join(lines))
+    points = doctor_curve.read_curve(tmp_path / "samples.jsonl", lambda r: r["gold"], lambda r: r["score"])
+    assert points == [
+        doctor_curve.Point(1, 0.0, 1.5, 0.5, 1.5, 0.5, 0.0),
+        doctor_curve.Point(2, math.sqrt(4.5), 7.5, 0.5, 5.0, 0.0, 1.0),
+    ]
 
 
 def test_walks():
