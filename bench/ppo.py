@@ -32,7 +32,7 @@ from ..rlhf.ppo import learn
 from ..rlhf.ppo_models import PPOOptimization
 from ..rlhf.prompts import Prompt
 from ..rlhf.rollout import RolloutArguments
-from ..rlhf.strategy import choose_device, engine_options, process_group
+from ..rlhf.strategy import STRATEGIES, choose_device, engine_options, process_group
 from ..rlhf.tokenizer import byte_tokenizer
 from . import ppo_trl, report
 
@@ -203,13 +203,18 @@ def flops(args, numel, config, cached):
 
 
 def options_of(strategy, args, device):
+    """Keywords of `engine.initialize`. A strategy that keeps nothing on a drive is not told of one: others beside it
+    may. Raises InputError."""
+    placement = STRATEGIES.get(strategy, {}).get("placement")
+    if placement == "nvme" and args.nvme_dir is None:
+        raise InputError(f"--strategy {strategy} needs --nvme_dir, a folder on a local drive")
     arguments = StrategyArguments(
         strategy=strategy,
         precision=args.precision,
         device=args.device,
         device_budget=args.device_budget,
         host_budget=args.host_budget,
-        nvme_dir=args.nvme_dir,
+        nvme_dir=args.nvme_dir if placement in ("nvme", "auto") else None,
     )
     return engine_options(arguments, device, 1.0, 0)
 
@@ -256,6 +261,9 @@ def run(args):
     if args.recipe == "trl":
         ppo_trl.run(args)
         return
+    for strategy in args.strategy:  # before the first is measured
+        if strategy != BASELINE:
+            options_of(strategy, args, device)
     rows = []
     with process_group(device) as ranks:
         for strategy in args.strategy:  # peaks are the process's: measure memory one strategy a run

@@ -11,12 +11,15 @@ SMALL += " --device cpu"
 
 
 def test_plain_models_and_the_engines_are_measured(tmp_path, capsys):
-    ppo.main([*SMALL.split(), "--strategy", "torch", "colossalai_gemini_cpu", "--json", str(tmp_path / "record.json")])
+    strategies = ["torch", "colossalai_gemini_cpu", "gemini_nvme"]
+    given = ["--nvme_dir", str(tmp_path), "--json", str(tmp_path / "record.json")]
+    ppo.main([*SMALL.split(), "--strategy", *strategies, *given])
     record = json.loads((tmp_path / "record.json").read_text())
-    assert [row["name"] for row in record["rows"]] == ["torch", "gemini_cpu"]
+    assert [row["name"] for row in record["rows"]] == ["torch", "gemini_cpu", "gemini_nvme"]
     for row in record["rows"]:
         assert all(value > 0 for values in row["metrics"].values() for value in values)
     assert "host_stored_peak_bytes" in record["rows"][1]["metrics"]
+    assert "nvme_stored_peak_bytes" in record["rows"][2]["metrics"]
     assert "6 + 4 forced" in capsys.readouterr().out
 
 
@@ -70,6 +73,13 @@ def test_beside_trl_where_there_is_none(tmp_path, capsys, monkeypatch):
     assert absent["note"].startswith("absent") and not absent["metrics"] and record["checks"] == []
     assert own["metrics"]["tokens_per_s"][0] > 0 and own["metrics"]["peak_rss_bytes"][0] > 2**26
     assert "| trl      | -" in capsys.readouterr().out
+
+
+def test_a_strategy_without_its_drive_is_refused_before_any_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr(ppo, "measure", lambda *args: pytest.fail("measured"))
+    with pytest.raises(SystemExit):
+        ppo.main([*SMALL.split(), "--strategy", "torch", "gemini_nvme"])
+    assert "--strategy gemini_nvme needs --nvme_dir" in capsys.readouterr().err
 
 
 def test_ratios_are_those_of_one_round():
