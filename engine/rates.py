@@ -24,6 +24,10 @@ class Rates:
     """A second, read and written by operations that do little else on the device."""
     call_s: float
     """The least time of one operation."""
+    attention_flops: float | None = None
+    """Multiplications and additions a second in fused attention; None: compute_flops."""
+    function_bytes: float | None = None
+    """As memory_bytes, by operations that evaluate a function (exp, silu, softmax) of every element; None: that."""
     host_adam_numel: float
     """Parameters a second."""
     device_adam_numel: float
@@ -76,6 +80,8 @@ def measure_rates(
         compute_flops=_compute_flops(trial, kind.dtype),
         memory_bytes=_memory_bytes(trial, kind.dtype),
         call_s=_call_s(trial),
+        attention_flops=_attention_flops(trial, kind.dtype),
+        function_bytes=_function_bytes(trial, kind.dtype),
         host_adam_numel=host_adam,
         device_adam_numel=_adam_numel(trial, device, kind) if on_gpu else host_adam,
         link_in_bytes=copies[0],
@@ -117,6 +123,26 @@ def _compute_flops(trial: _Trial, dtype: torch.dtype) -> float:
         torch.autograd.grad(torch.nn.functional.linear(left, right), (left, right), gradient)
 
     return 6 * rows * inner * columns / trial.seconds_of(forward_and_backward)
+
+
+def _attention_flops(trial: _Trial, dtype: torch.dtype) -> float:
+    """Causal, forward and backward: 2 and 5 products of [tokens, tokens, dim], half of which are masked."""
+    rows, heads, tokens, dim = (8, 32, 2048, 128) if trial.device.type == "cuda" else (2, 8, 128, 64)
+    query, key, value = (
+        torch.randn(rows, heads, tokens, dim, device=trial.device).to(dtype).requires_grad_() for _ in range(3)
+    )
+    gradient = torch.randn_like(query)
+
+    def forward_and_backward() -> None:
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        torch.autograd.grad(output, (query, key, value), gradient)
+
+    return 7 * rows * heads * tokens * tokens * dim / trial.seconds_of(forward_and_backward)
+
+
+def _function_bytes(trial: _Trial, dtype: torch.dtype) -> float:
+    values = torch.ones(2**28 if trial.device.type == "cuda" else 2**19, device=trial.device, dtype=dtype)
+    return 2 * values.nbytes / trial.seconds_of(lambda: torch.nn.functional.silu(values))
 
 
 def _memory_bytes(trial: _Trial, dtype: torch.dtype) -> float:

@@ -206,12 +206,17 @@ class Observer(Ledger):
         if self._rates is not None:
             self._clocks.spend(self._rates.seconds(work, amount))
 
-    def computed(self, flops: int, moved_bytes: int) -> None:
-        """An operation of the model took place."""
+    def computed(self, name: str, flops: int, moved_bytes: int) -> None:
+        """The operation `name` of the model took place."""
         self.flops += flops
-        if self._rates is not None:
-            busy = max(flops / self._rates.compute_flops, moved_bytes / self._rates.memory_bytes)
-            self._clocks.spend(busy + self._rates.call_s)
+        rates = self._rates
+        if rates is not None:
+            flop_rate, byte_rate = rates.compute_flops, rates.memory_bytes
+            if "attention" in name:
+                flop_rate = rates.attention_flops or flop_rate
+            if any(function in name for function in _FUNCTIONS):
+                byte_rate = rates.function_bytes or byte_rate
+            self._clocks.spend(max(flops / flop_rate, moved_bytes / byte_rate) + rates.call_s)
 
     def begin_steps(self) -> None:
         """What was stored before is at rest."""
@@ -312,7 +317,8 @@ class Operations(TorchDispatchMode):
                 weakref.finalize(storage, self._ledger.allocated, -storage.nbytes())
         if self._clocks.actor == COMPUTE and not function.is_view and not _is_free(function):
             flops = _flops(function, args, kwargs, result)
-            self._ledger.computed(flops, sum(each.numel() * each.itemsize for each in [*given, *made]))
+            moved_bytes = sum(each.numel() * each.itemsize for each in [*given, *made])
+            self._ledger.computed(function.overloadpacket.__name__, flops, moved_bytes)
         return result
 
 
@@ -362,6 +368,9 @@ def _assumed(value: torch.Tensor) -> bool:
         "cannot be rehearsed without data: plan it without `step`"
     )
 
+
+_FUNCTIONS = ("silu", "gelu", "tanh", "sigmoid", "softmax", "exp", "log", "erf", "sin", "cos")
+"""Within the names of operations that are not done as soon as their bytes are moved."""
 
 _FREE = ("empty", "detach", "alias", "_unsafe_view", "empty_like", "new_empty")
 

@@ -145,6 +145,17 @@ def test_streaming_hides_behind_enough_compute_and_binds_otherwise():
     assert bound == "copies" and exposed.step_s > weights / 1e5
 
 
+def test_attention_and_functions_have_rates_of_their_own():
+    def step_s(**changes):
+        rates = Rates(**(vars(RATES) | changes))
+        return engine.plan(llama(), step=loss_on_meta, rates=rates, **COMMON).forecast.step_s
+
+    fast = step_s(attention_flops=1e15, function_bytes=1e15)
+    assert step_s(attention_flops=1e6, function_bytes=1e15) > 2 * fast
+    assert step_s(attention_flops=1e15, function_bytes=1e6) > 2 * fast
+    assert step_s() == step_s(attention_flops=RATES.compute_flops, function_bytes=RATES.memory_bytes)
+
+
 def test_175b_on_32_gpus_is_planned_without_memory():
     from transformers import AutoModelForCausalLM, GPT2Config
 
