@@ -162,9 +162,10 @@ def deepspeed_offload(options):
         return {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
     drive = {"device": "nvme", "nvme_path": options.nvme_dir}
     largest = options.model["vocab_size"] * options.model["hidden_size"]
+    # Four tensors of each of three sub-groups: one that is read, one that is updated, one that is written.
     return {
         "offload_param": drive | {"buffer_count": 6, "buffer_size": largest},
-        "offload_optimizer": drive | {"buffer_count": 4, "pipeline_read": True, "pipeline_write": True},
+        "offload_optimizer": drive | {"buffer_count": 12, "pipeline_read": True, "pipeline_write": True},
         "sub_group_size": largest,
     }
 

@@ -29,9 +29,10 @@ class DiskTensor:
         """As many elements of another dtype, which is no wider, in the same buffer from its beginning on."""
         return DiskTensor(self.store, self.name, dtype, 0, self.numel())
 
-    def begin_read(self, out: torch.Tensor) -> Handle:
-        """`out` (on the CPU, of this dtype) is not to be touched before the handle was waited for."""
-        return self.store.read(self.name, out, self.start * self.dtype.itemsize)
+    def begin_read(self, out: torch.Tensor, urgent: bool = False) -> Handle:
+        """`out` (on the CPU, of this dtype) is not to be touched before the handle was waited for. `urgent`: somebody
+        waits for it already."""
+        return self.store.read(self.name, out, self.start * self.dtype.itemsize, urgent)
 
     def begin_write(self, values: torch.Tensor) -> Handle:
         """`values` (on the CPU, of this dtype) are not to be changed before the handle was waited for."""
@@ -39,7 +40,7 @@ class DiskTensor:
 
     def read(self) -> torch.Tensor:
         out = torch.empty(self.numel(), dtype=self.dtype)
-        self.begin_read(out).wait()
+        self.begin_read(out, urgent=True).wait()
         return out
 
     def copy_(self, values: torch.Tensor) -> None:

@@ -14,8 +14,9 @@ import time
 import weakref
 import zlib
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 import numpy
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from .direct_io import ALIGNMENT, DirectFile, aligned_empty, round_down, round_up
 from .job_folder import DATA_SUFFIX, JobFolder
+from .thread_pool import ThreadPool
 
 CHECKSUM_BYTES = 2**18
 """One checksum guards this many bytes: with checksums on, the least that is read or written."""
@@ -157,7 +159,7 @@ class NvmeStore:
                 raise
         except OSError as error:
             raise NvmeError(f"rank {rank}: {error}") from error
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=THREAD_NAME)
+        self._pool = ThreadPool(threads, THREAD_NAME)
         # Runs at the interpreter's exit too, after the pool's own end.
         self._finalizer = weakref.finalize(self, _release, self._pool, self._file, job, os.getpid())
 
@@ -170,20 +172,20 @@ class NvmeStore:
         """Whether transfers pass the page cache by."""
         return self._file.direct
 
-    def read(self, name: str, out: Tensor, offset_bytes: int = 0) -> Handle:
+    def read(self, name: str, out: Tensor, offset_bytes: int = 0, urgent: bool = False) -> Handle:
         """Fill `out` (contiguous, on the CPU, any dtype) with the buffer's bytes from `offset_bytes` on. `out` is not
-        to be touched before the handle was waited for."""
-        return self._submit(name, out, offset_bytes, writes=False)
+        to be touched before the handle was waited for. `urgent`: before what others have asked for and is not."""
+        return self._submit(name, out, offset_bytes, writes=False, urgent=urgent)
 
     def write(self, name: str, source: Tensor, offset_bytes: int = 0) -> Handle:
         """Write the bytes of `source`, which is not to be changed before the handle was waited for."""
-        return self._submit(name, source, offset_bytes, writes=True)
+        return self._submit(name, source, offset_bytes, writes=True, urgent=False)
 
     def close(self) -> None:
         """What is in flight is done first; the file and its folder are gone afterwards."""
         self._finalizer()
 
-    def _submit(self, name: str, tensor: Tensor, offset_bytes: int, writes: bool) -> Handle:
+    def _submit(self, name: str, tensor: Tensor, offset_bytes: int, writes: bool, urgent: bool) -> Handle:
         if not self._finalizer.alive:
             raise RuntimeError(f"the NVMe store is closed and cannot serve {name!r}")
         values = self._bytes_of(name, tensor, offset_bytes)
@@ -195,19 +197,20 @@ class NvmeStore:
             return handle
         work = self._write_piece if writes else self._read_piece
         transfer = Transfer(pieces[0].block_start, pieces[-1].block_stop, writes, handle)
-        while conflicting := self._enter(name, transfer, [(work, piece, values, offset_bytes) for piece in pieces]):
+        jobs = [partial(self._run, name, work, piece, values, offset_bytes) for piece in pieces]
+        while conflicting := self._enter(name, transfer, jobs, urgent):
             for earlier in conflicting:
                 earlier.handle.settle()  # its error is for whoever waits for it
         return handle
 
-    def _enter(self, name: str, transfer: Transfer, jobs: list[tuple]) -> list[Transfer]:
+    def _enter(self, name: str, transfer: Transfer, jobs: list[Callable[[], None]], urgent: bool) -> list[Transfer]:
         """Start a transfer, unless earlier ones that touch the same blocks must end first: those are returned."""
         with self._lock:
             waiting = [other for other in self._in_flight[name] if not other.handle.done()]
             self._in_flight[name] = waiting
             conflicting = [other for other in waiting if transfer.conflicts(other)]
             if not conflicting:
-                transfer.handle._futures = [self._pool.submit(self._run, name, *job) for job in jobs]
+                transfer.handle._futures = [self._pool.submit(job, urgent) for job in jobs]
                 waiting.append(transfer)
             return conflicting
 
@@ -287,9 +290,8 @@ def _is_aligned(values: numpy.ndarray) -> bool:
     return values.ctypes.data % ALIGNMENT == 0
 
 
-def _release(pool: ThreadPoolExecutor, file: DirectFile, job: JobFolder, owner: int) -> None:
+def _release(pool: ThreadPool, file: DirectFile, job: JobFolder, owner: int) -> None:
     if os.getpid() == owner:  # a forked child has a copy of the store, whose files are not its own
-        # A thread of the pool may be the one that collects the store.
-        pool.shutdown(wait=not threading.current_thread().name.startswith(THREAD_NAME))
+        pool.shutdown()
         file.close()
         job.remove()

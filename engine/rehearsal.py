@@ -148,7 +148,7 @@ class SimulatedStore:
     clocks: Clocks
     ledger: Ledger
 
-    def read(self, name: str, out: torch.Tensor, offset_bytes: int = 0) -> SimulatedEvent:
+    def read(self, name: str, out: torch.Tensor, offset_bytes: int = 0, urgent: bool = False) -> SimulatedEvent:
         return self._transfer(Work.DISK_READ, out.nbytes)
 
     def write(self, name: str, source: torch.Tensor, offset_bytes: int = 0) -> SimulatedEvent:

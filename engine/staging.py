@@ -24,10 +24,10 @@ class Staging:
 
     def read(self, source: DiskTensor, out: torch.Tensor) -> None:
         if not self._buffers:
-            source.begin_read(alias(out)).wait()
+            source.begin_read(alias(out), urgent=True).wait()
             return
         for part, buffer, before in self._pieces(source):
-            source[part].begin_read(buffer).wait()
+            source[part].begin_read(buffer, urgent=True).wait()
             out[part].copy_(buffer, non_blocking=True)
             before.record()
         torch.cuda.current_stream().synchronize()

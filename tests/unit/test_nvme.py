@@ -4,8 +4,10 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 import time
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from megalith.engine.direct_io import ALIGNMENT, DirectFile, aligned_empty, file
 from megalith.engine.job_folder import LOCK_NAME, PREFIX
 from megalith.engine.lanes import random_delay
 from megalith.engine.nvme import CHECKSUM_BYTES, NvmeError, NvmeStore, Piece, cut
+from megalith.engine.thread_pool import ThreadPool
 
 SIZES = {"one": 1, "odd": 3 * ALIGNMENT + 17, "even": 8 * ALIGNMENT, "long": 5 * CHECKSUM_BYTES + 4, "none": 0}
 RING_BYTES = 2 * CHECKSUM_BYTES  # two threads, one checksummed block each: "long" takes six pieces
@@ -373,6 +376,7 @@ def test_a_drive_is_used_directly(make_store):
 CHILD = """
 import sys, time, torch
 from megalith.engine.nvme import NvmeStore
+from megalith.engine.thread_pool import ThreadPool
 store = NvmeStore(sys.argv[1], 1, {"values": 10**6})
 store.write("values", torch.ones(10**6, dtype=torch.uint8)).wait()
 print(store.path, flush=True)
@@ -441,3 +445,26 @@ def test_file_handles_do_not_grow(tmp_path):
         read(store, "odd", 5)
         store.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_is_urgent_overtakes_what_has_not_begun():
+    pool, opened, order = ThreadPool(1, "test"), threading.Event(), []
+    pool.submit(opened.wait, urgent=False)
+    futures = [pool.submit(partial(order.append, name), name.isupper()) for name in "abAcB"]
+    failed = pool.submit(lambda: 1 / 0, urgent=True)
+    opened.set()
+    pool.shutdown()
+    assert all(future.done() for future in futures) and order == list("ABabc")
+    with pytest.raises(ZeroDivisionError):
+        failed.result()
+
+
+def test_reads_that_are_urgent_come_first(tmp_path):
+    """With one thread, and each transfer held up, so that the order is that of the ends."""
+    store = NvmeStore(tmp_path, 0, {"a": 2**20, "b": 2**20}, threads=1, lane_delay=lambda: 0.02)
+    out = [torch.empty(2**20, dtype=torch.uint8) for _ in range(5)]
+    reads = [store.read("a", values) for values in out[:4]]
+    store.read("b", out[4], urgent=True).wait()
+    assert not reads[-1].done()
+    reads[-1].wait()
+    store.close()

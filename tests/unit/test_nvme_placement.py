@@ -204,20 +204,22 @@ def test_a_corrupt_drive_is_found_by_its_checksum(tmp_path):
         fit(model, optimizer, language_loss, 2)
 
 
-def test_an_engine_that_is_collected_in_the_middle_of_a_transfer_of_its_own_is_closed(tmp_path):
-    """The lane's thread holds a lock of the drive's pool then, which closing that pool needs too."""
+@pytest.mark.parametrize("where", ["lane", "pool"])
+def test_an_engine_that_is_collected_in_the_middle_of_a_transfer_of_its_own_is_closed(where, tmp_path):
     held = list(initialized(llama, **on_drive(tmp_path, nvme_checksums=False)))
     pool, lane = engine_of(held[0]).chunks[0].exp_avg.store._pool, held[1]._lane
     ended = threading.Event()
 
     def collect():
-        with pool._shutdown_lock:
-            held.clear()
-            gc.collect()
+        held.clear()
+        gc.collect()
         ended.set()
 
-    lane.submit(collect, "collection")
-    assert ended.wait(20), "the lane waits for itself"
+    if where == "lane":
+        lane.submit(collect, "collection")
+    else:
+        pool.submit(collect, urgent=False)
+    assert ended.wait(20), "the thread waits for itself"
     for thread in threading.enumerate():
         if thread.name == "closing of an engine":
             thread.join(20)
