@@ -116,7 +116,7 @@ def test_memory_is_flat_and_the_folder_is_empty_in_the_end(tmp_path):
     third, files = engine.memory_report(model), len(os.listdir("/proc/self/fd"))
     fit(model, optimizer, language_loss, 20)
     assert engine.memory_report(model) == third
-    assert len(os.listdir("/proc/self/fd")) == files
+    assert len(os.listdir("/proc/self/fd")) <= files  # fewer, where an engine of an earlier test is collected
     assert len(os.listdir(tmp_path)) == 1
     for chunk in engine_of(model).chunks:
         chunk.settle()
