@@ -23,7 +23,7 @@ from .arguments import (
     StrategyArguments,
     parse,
 )
-from .batches import deal, split
+from .batches import deal
 from .decoding import evaluating
 from .errors import InputError, exit_on_input_error
 from .eval_samples import comparison_samples
@@ -35,8 +35,8 @@ from .models import build_on_meta, disable_dropout, load_source
 from .preferences import collate_comparisons
 from .strategy import process_group
 from .tokenizer import pad_id
-from .train_rm import answers_on_meta, describe_data, load_comparisons
-from .training import TrainingRun, load_into_engine, prepare
+from .train_rm import answers_on_meta, comparisons_of
+from .training import RunOptions, TrainingRun, load_into_engine, prepare
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ def evaluate(policy, reference, comparisons, deal_to, beta, pad, device):
 
 def train(model_args, lora_args, strategy_args, data_args, optim_args, output_args, dpo_args):
     groups = (model_args, lora_args, strategy_args, data_args, optim_args, output_args, dpo_args)
+    options = RunOptions(optim_args, output_args, groups)
     preparation = prepare(model_args, strategy_args, optim_args, output_args)
     source = load_source(model_args)
     pad, device, beta = pad_id(source.tokenizer), preparation.device, dpo_args.beta
@@ -117,23 +118,19 @@ def train(model_args, lora_args, strategy_args, data_args, optim_args, output_ar
         return model
 
     policy = add_adapters(build(), lora_args, optim_args.seed)
-    schema, found = load_comparisons(data_args.dataset, source.tokenizer, data_args, data_args.max_datasets_size)
-    comparisons, held_out = split(found.samples, data_args.eval_fraction, optim_args.seed)
-    if data_args.eval_dataset:
-        held_out = load_comparisons(data_args.eval_dataset, source.tokenizer, data_args)[1].samples
+    rows, held_out, found = comparisons_of(source, data_args, optim_args.seed)
 
     with process_group(device) as ranks:
         if ranks.is_first:
-            describe_data(data_args.dataset, schema, found)
-        rows = answers_on_meta(comparisons, optim_args.batch_size)
-        reference, others, step = None, {}, logprob_step(rows)
+            print(found)
+        step = logprob_step(answers_on_meta(rows.samples, optim_args.batch_size))
+        reference, others = None, {}
         if lora_args.lora_rank:
             step = with_adapters_off(step)
         else:
             reference = build().requires_grad_(False)
             others = {"reference": Rehearsal(reference, step, optim_args.accumulation_steps)}
-        settings = (preparation, optim_args, output_args, groups)
-        run = TrainingRun(policy, source, comparisons, ranks, *settings, found.fingerprint(), step, others)
+        run = TrainingRun(policy, source, rows, ranks, preparation, options, step, others)
         if reference is not None:
             reference, _ = load_into_engine(reference, None, source, preparation, run.manager)
         deal_to = (ranks.rank, ranks.world_size, optim_args.batch_size)

@@ -32,7 +32,7 @@ from .packing import check_packable, pack
 from .strategy import process_group
 from .templates import Sample, Segment, encode
 from .train_sft import train_on
-from .training import prepare
+from .training import RunOptions, TrainingRows, prepare
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ def load_texts(path, tokenizer, max_len, limit=None):
 
 def train(model_args, lora_args, strategy_args, text_args, packing_args, optim_args, output_args):
     groups = (model_args, lora_args, strategy_args, text_args, packing_args, optim_args, output_args)
+    options = RunOptions(optim_args, output_args, groups)
     preparation = prepare(model_args, strategy_args, optim_args, output_args)
     source = load_source(model_args)
 
@@ -95,7 +96,8 @@ def train(model_args, lora_args, strategy_args, text_args, packing_args, optim_a
                 f"{filled:.1%} of {text_args.max_len} tokens filled; {found.truncated} documents cut, "
                 f"{found.dropped} empty"
             )
-        run = train_on(samples, held_out, found.fingerprint(), model, source, ranks, preparation, groups)
+        rows = TrainingRows(samples, found.fingerprint())
+        run = train_on(rows, held_out, model, source, ranks, preparation, options)
         run.finish(source, lora_args, build)
 
 

@@ -37,7 +37,7 @@ from .reward_model import build_reward_model, last_token_scores, set_normalizati
 from .strategy import process_group
 from .templates import prompt_renderer
 from .tokenizer import pad_id
-from .training import TrainingRun, prepare
+from .training import RunOptions, TrainingRows, TrainingRun, prepare
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,19 @@ def load_comparisons(path, tokenizer, data_args, limit=None):
     return schema.name, comparisons
 
 
-def describe_data(path, schema, comparisons):
+def comparisons_of(source, data_args, seed):
+    """(TrainingRows, held-out Comparisons, what was found as one line). Raises InputError."""
+    schema, found = load_comparisons(data_args.dataset, source.tokenizer, data_args, data_args.max_datasets_size)
+    comparisons, held_out = split(found.samples, data_args.eval_fraction, seed)
+    if data_args.eval_dataset:
+        held_out = load_comparisons(data_args.eval_dataset, source.tokenizer, data_args)[1].samples
+    return TrainingRows(comparisons, found.fingerprint()), held_out, description(data_args.dataset, schema, found)
+
+
+def description(path, schema, comparisons):
     """What was found in the file, in counts: the text itself may be offensive."""
     answers = sum(len(comparison.answers) for comparison in comparisons.samples)
-    print(
+    return (
         f"{path}: schema {schema}, {len(comparisons.samples)} comparisons of {answers} answers, "
         f"{sum(map(len, comparisons.samples))} tokens, {comparisons.truncated} prompts cut on the left, "
         f"{comparisons.dropped} dropped (answers too long, tied, the same, or of different prompts)"
@@ -119,6 +128,7 @@ def evaluate(model, comparisons, deal_to, pad, device, reward_args):
 
 def train(model_args, lora_args, strategy_args, data_args, optim_args, output_args, reward_args):
     groups = (model_args, lora_args, strategy_args, data_args, optim_args, output_args, reward_args)
+    options = RunOptions(optim_args, output_args, groups)
     preparation = prepare(model_args, strategy_args, optim_args, output_args)
     source = load_source(model_args)
     pad, device = pad_id(source.tokenizer), preparation.device
@@ -127,18 +137,13 @@ def train(model_args, lora_args, strategy_args, data_args, optim_args, output_ar
         return build_reward_model(source, model_args.gradient_checkpointing)
 
     model = add_adapters(build(), lora_args, optim_args.seed)
-    schema, found = load_comparisons(data_args.dataset, source.tokenizer, data_args, data_args.max_datasets_size)
-    comparisons, held_out = split(found.samples, data_args.eval_fraction, optim_args.seed)
-    if data_args.eval_dataset:
-        held_out = load_comparisons(data_args.eval_dataset, source.tokenizer, data_args)[1].samples
+    rows, held_out, found = comparisons_of(source, data_args, optim_args.seed)
 
     with process_group(device) as ranks:
         if ranks.is_first:
-            describe_data(data_args.dataset, schema, found)
-        step = score_step(answers_on_meta(comparisons, optim_args.batch_size))
-        run = TrainingRun(
-            model, source, comparisons, ranks, preparation, optim_args, output_args, groups, found.fingerprint(), step
-        )
+            print(found)
+        step = score_step(answers_on_meta(rows.samples, optim_args.batch_size))
+        run = TrainingRun(model, source, rows, ranks, preparation, options, step)
         deal_to = (ranks.rank, ranks.world_size, optim_args.batch_size)
 
         def log_evaluation():
@@ -166,7 +171,7 @@ def train(model_args, lora_args, strategy_args, data_args, optim_args, output_ar
             run.save_if_due()
 
         # The statistics by which PPO normalises scores, of answers that were not trained on where there are any.
-        statistics = evaluate(model, held_out or comparisons, deal_to, pad, device, reward_args)
+        statistics = evaluate(model, held_out or rows.samples, deal_to, pad, device, reward_args)
         set_normalization(model.config, statistics["mean"], statistics["std"])
         run.finish(source, lora_args, build)
 

@@ -34,7 +34,7 @@ from .packing import check_packable, pack
 from .strategy import process_group
 from .templates import encode, prompt_renderer, segments_of
 from .tokenizer import pad_id
-from .training import TrainingRun, prepare
+from .training import RunOptions, TrainingRows, TrainingRun, prepare
 
 GROUPS = (
     ModelArguments,
@@ -90,14 +90,13 @@ def evaluate(model, samples, deal_to, pad, device):
     return {"eval_loss": loss_sum.item() / sum(sample.loss_tokens for sample in samples)}
 
 
-def train_on(samples, held_out, fingerprint, model, source, ranks, preparation, groups):
-    """Train `model` on samples; the loop of supervised fine-tuning and of pretraining. Returns the finished run."""
-    optim_args = next(group for group in groups if isinstance(group, OptimizationArguments))
-    output_args = next(group for group in groups if isinstance(group, OutputArguments))
+def train_on(rows, held_out, model, source, ranks, preparation, options):
+    """Train `model` on TrainingRows: the loop of supervised fine-tuning and of pretraining. Returns the ended run."""
+    batch_size = options.optimization.batch_size
     pad, device = pad_id(source.tokenizer), preparation.device
-    deal_to = (ranks.rank, ranks.world_size, optim_args.batch_size)
-    step = language_step(rows_on_meta(optim_args.batch_size, max(map(len, samples))))
-    run = TrainingRun(model, source, samples, ranks, preparation, optim_args, output_args, groups, fingerprint, step)
+    deal_to = (ranks.rank, ranks.world_size, batch_size)
+    step = language_step(rows_on_meta(batch_size, max(map(len, rows.samples))))
+    run = TrainingRun(model, source, rows, ranks, preparation, options, step)
 
     def log_evaluation():
         samples = answer_samples(model, held_out, source.tokenizer, ranks)
@@ -122,6 +121,7 @@ def train_on(samples, held_out, fingerprint, model, source, ranks, preparation, 
 
 def train(model_args, lora_args, strategy_args, data_args, packing_args, optim_args, output_args):
     groups = (model_args, lora_args, strategy_args, data_args, packing_args, optim_args, output_args)
+    options = RunOptions(optim_args, output_args, groups)
 
     # Everything that a user can get wrong is read before any rank waits for another.
     preparation = prepare(model_args, strategy_args, optim_args, output_args)
@@ -142,7 +142,8 @@ def train(model_args, lora_args, strategy_args, data_args, packing_args, optim_a
     with process_group(preparation.device) as ranks:
         if ranks.is_first:
             describe_data(data_args.dataset, schema, found, source.tokenizer)
-        run = train_on(samples, held_out, found.fingerprint(), model, source, ranks, preparation, groups)
+        rows = TrainingRows(samples, found.fingerprint())
+        run = train_on(rows, held_out, model, source, ranks, preparation, options)
         run.finish(source, lora_args, build)
 
 

@@ -14,7 +14,7 @@ from transformers import get_scheduler
 
 from .. import engine
 from . import checkpoints, lora, memory_plan, reward_model
-from .arguments import resolved, write_config
+from .arguments import OptimizationArguments, OutputArguments, resolved, write_config
 from .batches import steps_per_epoch, windows
 from .metrics import MetricsLog, PeakMemory, Throughput, memory_table
 from .models import decay_groups
@@ -58,36 +58,39 @@ def load_into_engine(model, optimizer, source, preparation, manager=None, allow_
     )
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """What a user has chosen, as far as a run reads it."""
+
+    optimization: OptimizationArguments
+    output: OutputArguments
+    groups: tuple  # all argument groups of the stage, written beside the model
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """What windows are made of, and by what a resumed run knows that it is the same."""
+
+    samples: tuple
+    fingerprint: str
+
+
 class TrainingRun:
     """The model, its optimizer and schedule, at some step of a run. Made by every rank, inside the process group.
 
-    `groups`: the stage's argument groups, written beside the model. `samples`: the rows that windows are made of.
     `step`: what the model does with a micro-batch, for the plan (memory_plan.Rehearsal); `others`: {name: Rehearsal} of
     the run's other models, which share its `manager`.
     """
 
-    def __init__(
-        self,
-        model,
-        source,
-        samples,
-        ranks,
-        preparation,
-        optim_args,
-        output_args,
-        groups,
-        fingerprint,
-        step,
-        others=MappingProxyType({}),
-    ):
+    def __init__(self, model, source, rows, ranks, preparation, options, step, others=MappingProxyType({})):
+        optim_args, output_args = options.optimization, options.output
         self.ranks, self.device = ranks, preparation.device
         self.save_path = Path(output_args.save_path)
         self._optim_args, self._output_args = optim_args, output_args
-        self._samples = samples
-        self._data_key = {"fingerprint": fingerprint, "samples": len(samples), "seed": optim_args.seed}
-        steps_an_epoch = steps_per_epoch(
-            len(samples), ranks.world_size, optim_args.batch_size, optim_args.accumulation_steps
-        )
+        self._samples = rows.samples
+        count = len(rows.samples)
+        self._data_key = {"fingerprint": rows.fingerprint, "samples": count, "seed": optim_args.seed}
+        steps_an_epoch = steps_per_epoch(count, ranks.world_size, optim_args.batch_size, optim_args.accumulation_steps)
         self.total_steps = optim_args.max_steps or optim_args.max_epochs * steps_an_epoch
         optimizer = torch.optim.AdamW(
             decay_groups(model.parameters(), optim_args.weight_decay),
@@ -98,7 +101,7 @@ class TrainingRun:
         memory_plan.describe({"model": of_model, **others}, self.device, preparation.options, ranks)
         if ranks.is_first:
             self.save_path.mkdir(parents=True, exist_ok=True)
-            write_config(self.save_path / "arguments.yaml", groups)
+            write_config(self.save_path / "arguments.yaml", options.groups)
 
         self._hooks = (Throughput(model, ranks.world_size), PeakMemory(preparation.device))
         self.manager = engine.Manager(**split_budgets(preparation.options)[0])
@@ -118,7 +121,7 @@ class TrainingRun:
             self.total_steps,
             output_args.tensorboard,
             output_args.wandb_project,
-            resolved(groups),
+            resolved(options.groups),
         )
         self._samples_log = SamplesLog(self.save_path, ranks.is_first, self.step)
         self._start_interval()
