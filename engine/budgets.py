@@ -16,8 +16,10 @@ from .placement import (
     fixed_tiers,
     place_chunks,
 )
-from .streaming_sizes import piece_numel_of, ring_bytes_of, slot_itemsizes
+from .rates import UpdateRates
+from .streaming_sizes import NO_RING, piece_numel_of, ring_bytes_of, slot_itemsizes
 from .tiers import OutOfBudgetError, Tier
+from .updater_choice import device_ring
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Machine:
     """Of a GPU, free for the engine and activations."""
     working_bytes: int = 0
     """What another engine with the same budget needs on the device while it computes."""
+    rates: UpdateRates | None = None
+    """By which it is decided where Adam of the state on the host runs. None: there."""
 
 
 def plan_storage(layout: Layout, config: EngineConfig, rank: int, world_size: int, machine: Machine) -> StoragePlan:
@@ -43,14 +47,32 @@ def plan_storage(layout: Layout, config: EngineConfig, rank: int, world_size: in
             f"update_in_backward=True with {world_size} ranks: which parameters got a gradient on any of them is known "
             "in step(): leave it out"
         )
+    device_room = _device_room(config, machine)
+    if machine.rates is not None and machine.rates.have_device:
+        try:
+            plan = _plan(layout, config, rank, world_size, machine)
+            if device_room is None or device_peak(plan, config, machine.working_bytes) <= device_room:
+                return plan
+        except OutOfBudgetError:
+            pass  # perhaps it is for the ring alone that there is no room
+    return _plan(layout, config, rank, world_size, replace(machine, rates=None))
 
+
+def _device_room(config: EngineConfig, machine: Machine) -> int | None:
+    """None: whatever there is."""
+    if config.device_budget is None and config.placement == "auto":
+        return machine.device_room
+    return config.device_budget
+
+
+def _plan(layout: Layout, config: EngineConfig, rank: int, world_size: int, machine: Machine) -> StoragePlan:
     def assemble(weight_tiers: list[Tier], state_tiers: list[Tier]) -> StoragePlan:
         placements = place_chunks(layout.chunks, config, rank, world_size, weight_tiers, state_tiers)
         return _with_staging_and_gradients(layout, config, placements, machine)
 
     if config.placement != "auto":
         return assemble(*fixed_tiers(layout.chunks, config))
-    device_room = machine.device_room if config.device_budget is None else config.device_budget
+    device_room = _device_room(config, machine)
     host_room = machine.host_room if config.host_budget is None else config.host_budget
     return choose_tiers(layout, config, assemble, device_room, host_room, machine.working_bytes)
 
@@ -94,7 +116,9 @@ def choose_tiers(
             f"device_budget is {device_room} bytes, and with all else offloaded the blocks in use and their gradients "
             f"take {least}: raise it, or lower prefetch or max_chunk_numel"
         )
-    on_device = _largest(count, lambda number: device_need(number) <= device_room)
+    on_device = count  # which takes no ring
+    if device_need(count) > device_room:
+        on_device = _largest(count - 1, lambda number: device_need(number) <= device_room)
     left = count - on_device
     on_host = tiers(on_device, left, left)
     if on_host.host_peak <= host_room:
@@ -131,7 +155,12 @@ def _with_staging_and_gradients(
         placements = [replace(placement, gradient_tier=Tier.DEVICE) for placement in placements]
     plan = StoragePlan(layout, placements, piece_numel, staging_bytes)
     room = (machine.host_room if config.host_budget is None else config.host_budget) - plan.host_peak
-    return replace(plan, placements=_gradients_to_host(layout.chunks, placements, room))
+    placements = _gradients_to_host(layout.chunks, placements, room)
+    ring = NO_RING
+    if machine.rates is not None:
+        kinds = Precision(config.precision), StatePrecision(config.state_precision)
+        ring = device_ring(layout.chunks, placements, *kinds, _device_room(config, machine))
+    return replace(plan, placements=placements, device_ring=ring)
 
 
 def ring_itemsizes(config: EngineConfig, on_gpu: bool) -> dict[str, int]:

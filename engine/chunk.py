@@ -128,11 +128,19 @@ class Chunk:
             self._allocate_state()
 
     def settle(self) -> None:
-        """Wait for the update that is pending: before weight or state at rest are read or written. Raises what the
-        update raised."""
+        """Block the host until the update that is pending is done: before weight or state at rest are read or written.
+        Raises what the update raised."""
         if self.pending is not None:
-            self.pending.wait()  # what it writes on the host is written by then
+            self.pending.wait()
+            self.pending.synchronize()  # the device may still be copying to the host
             self.pending = None
+
+    def follow_update(self) -> None:
+        """Order the caller's work on the device after the update that is pending: before it reads the weights."""
+        if self.pending is not None:
+            self.pending.wait()
+            if self.pending.done():
+                self.pending = None
 
     def _allocate_state(self) -> None:
         tier = self.placement.optimizer_tier

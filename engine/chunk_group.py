@@ -124,7 +124,7 @@ class ChunkGroup:
             self._event.wait()
             self._event = None
         for chunk in self.chunks:  # one that is updated in place has no transfer that would wait for it
-            chunk.settle()
+            chunk.follow_update()
 
     def reshard(self) -> None:
         if not self.is_idle:

@@ -207,6 +207,12 @@ class EngineConfig:
             return 0.0
         return 1.0 if self.optimizer_offload is None else float(self.optimizer_offload)
 
+    @property
+    def keeps_state_on_host(self) -> bool:
+        """Some of the optimizer state may lie on the host."""
+        fraction = self.optimizer_offload_fraction
+        return {"device": False, "host": fraction > 0, "nvme": fraction < 1, "auto": True}[self.placement]
+
 
 def check_folder(path: str | os.PathLike, field: str) -> str:
     """Raises FileNotFoundError that names `field` when `path` is not a folder."""

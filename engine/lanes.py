@@ -9,7 +9,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -208,6 +208,27 @@ class DoneEvent:
 
     def done(self) -> bool:
         return True
+
+
+class JoinedEvent:
+    """Of work that ends on other lanes, or on a drive, after it has left its own."""
+
+    def __init__(self, left: Event, ends: Sequence[Event]) -> None:
+        self._left = left
+        self._ends = ends  # filled by the work
+
+    def wait(self) -> None:
+        self._left.wait()
+        for end in self._ends:
+            end.wait()
+
+    def synchronize(self) -> None:
+        self._left.synchronize()
+        for end in self._ends:
+            end.synchronize()
+
+    def done(self) -> bool:
+        return self._left.done() and all(end.done() for end in self._ends)
 
 
 class InlineLane:

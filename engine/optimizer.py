@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
 
@@ -17,13 +17,12 @@ from .disk_tensor import DiskTensor
 from .gradients import ChunkGradient, GradientPart
 from .hooks import Schedule
 from .in_backward import InBackward
-from .lanes import Lane
 from .layout import Slot
 from .loss_scaler import DynamicLossScaler
 from .migration import Migration
-from .streaming import Source, UpdateStream, WrittenEvent
 from .tiers import Tier
 from .update import ChunkUpdate, Run, execute
+from .updaters import Updaters
 
 
 def read_adam_groups(optimizer: torch.optim.Optimizer) -> None:
@@ -60,10 +59,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
     step on every rank. As in torch, a parameter that got no gradient on any rank is left alone.
 
     Chunks whose state is on the device are updated at once. For the others `step()` fixes the factor and the
-    hyperparameters and returns: their updates run on a lane while the next forward pass computes, each before the first
-    use of its chunk. That also holds without clipping: whether a gradient is not finite, and the step to be skipped, is
-    known when all have been reduced and no sooner. With `update_in_backward` a chunk does not wait for the others, and
-    `step()` only tells of a gradient that was not finite.
+    hyperparameters and returns: their updates run on lanes while the next forward pass computes, by the host's
+    processor or by the device (updaters.py), each before the first use of its chunk. That also holds without clipping:
+    whether a gradient is not finite, and the step to be skipped, is known when all have been reduced and no sooner.
+    With `update_in_backward` a chunk does not wait for the others, and `step()` only tells of a gradient that was not
+    finite.
     """
 
     def __init__(
@@ -74,8 +74,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         rank_group: RankGroup,
         config: EngineConfig,
         model: torch.nn.Module,
-        lane: Lane,
-        stream: UpdateStream | None,
+        updaters: Updaters,
         migration: Migration | None,
     ) -> None:
         super().__init__([{"params": group["params"]} for group in user.param_groups], user.defaults)
@@ -88,8 +87,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._rank_group = rank_group
         self._config = config
         self._model = model
-        self._lane = lane
-        self._stream = stream  # where something is on a drive
+        self._updaters = updaters
         self._migration = migration
         self._trainable = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
         self.scaler = (
@@ -148,6 +146,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 self._update(touched, self._factor())
             if self.scaler is not None:
                 self.scaler.update(found_inf)
+        self._updaters.next_step()
         self._schedule.expected_micro_steps = max(self._schedule.micro_steps, 1)
         self.zero_grad()
         if moves:
@@ -243,34 +242,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
                     releases.append(release)
             if updated:
                 changed.append((group, updated))
-        self._defer(deferred, releases)
+        self._updaters.defer(deferred, releases)
         for group, updated in changed:
             group.mark_updated(updated)
             if not group.is_sharded:
                 self._schedule.refresh(group)
-
-    def _defer(self, updates: list[ChunkUpdate], releases: list[Callable[[], None]]) -> None:
-        """Give updates to their lane, in order: whoever uses a chunk next waits for its own."""
-        coming = [update for update in updates if update.is_streamed]
-        for update, release in zip(updates, releases, strict=True):
-            if update.is_streamed:
-                coming = coming[1:]
-            self._submit(update, coming, release)
-
-    def _submit(self, update: ChunkUpdate, coming: Sequence[Source], release: Callable[[], None]) -> None:
-        """Give an update to its lane; `coming` are read ahead."""
-        stream, writes = self._stream, []
-
-        def work() -> None:  # does not know `self`, which holds the model
-            if update.is_streamed:
-                writes.extend(stream.execute(update, coming))
-            else:
-                execute(update)
-            release()
-
-        chunk = update.chunk
-        chunk.settle()
-        chunk.pending = WrittenEvent(self._lane.submit(work, f"update {chunk.name}"), writes)
 
     # With update_in_backward
 
@@ -305,7 +281,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 execute(update)
                 release()
             else:
-                self._submit(update, state.follow(chunk) if update.is_streamed else (), release)
+                self._updaters.submit(update, state.follow(chunk) if update.is_streamed else (), release)
         group.mark_updated_in_place([gradient.chunk for gradient in gradients])
         state.bound(group)
 
@@ -330,9 +306,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             state.check([self._hyper(index, 1) for index in range(len(self.param_groups))])
         state.close()
         self._schedule.update_begun = False
-        if self._stream is not None:
-            stream, coming = self._stream, state.follow(None)
-            self._lane.submit(lambda: stream.read_ahead(coming), "read ahead")
+        self._updaters.read_ahead(state.follow(None))
 
     def _runs(self, chunk: Chunk, touched: set[str], parts: list[GradientPart]) -> Iterator[Run]:
         """The owned slots, cut where the group, the step number or being touched changes; one by one where their

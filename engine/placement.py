@@ -9,6 +9,7 @@ import torch
 from ..kernels import scales_numel
 from .config import EngineConfig, Precision, StatePrecision
 from .layout import ChunkSpec, Layout
+from .streaming_sizes import NO_RING, DeviceRing
 from .tiers import Payload, Tier
 
 STORE_RING_BYTES = 2**25
@@ -143,6 +144,9 @@ class StoragePlan:
     piece_numel: int
     """Of the ring that streams updates, 0 where nothing is on a drive."""
     staging_bytes: int
+    """On the host."""
+    device_ring: DeviceRing = NO_RING
+    """For what the device updates of the state on the host."""
 
     @property
     def uses_disk(self) -> bool:
@@ -162,6 +166,8 @@ class StoragePlan:
                 result.setdefault(tier, Counter())[payload] += nbytes
         if self.staging_bytes:
             result.setdefault(Tier.HOST, Counter())[Payload.STAGING] += self.staging_bytes
+        if self.device_ring.nbytes:
+            result.setdefault(Tier.DEVICE, Counter())[Payload.STAGING] += self.device_ring.nbytes
         return result
 
     def tier_bytes(self, tier: Tier) -> int:

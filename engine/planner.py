@@ -20,6 +20,7 @@ from .rates import Rates
 from .rehearsal import Forecast, rehearse
 from .shard import layout_specs, optimizer_groups, within
 from .tiers import Payload, Tier
+from .updater_choice import planned_updaters
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Plan:
     """On the device, when the last gradient of a step has landed."""
     forecast: Forecast | None
     """Of a step; None where none was given."""
+    updaters: dict[Tier, int]
+    """Of the chunks whose optimizer state is on the host, how many the host updates, and how many the device."""
 
     @property
     def chunks(self) -> list[ChunkSpec]:
@@ -94,6 +97,9 @@ class Plan:
         lines.append(f"{'device':8}{'gradient':14}{self.gradient_peak_bytes / 1e6:14,.1f}  at most, until the step")
         for tier, nbytes in self.peak_bytes.items():
             lines.append(f"{tier.value:8}{'peak':14}{nbytes / 1e6:14,.1f}  without activations")
+        if self.updaters[Tier.DEVICE]:
+            by_device, count = self.updaters[Tier.DEVICE], sum(self.updaters.values())
+            lines.append(f"Adam of the state on the host: the device does it for {by_device} of {count} chunks")
         if self.forecast is not None:
             lines += forecast_lines(self.forecast)
         return "\n".join(lines)
@@ -118,14 +124,13 @@ def plan(
     `step` makes it a rehearsal: a function from the model, here a copy on meta, to the loss of a micro-batch of inputs
     on meta. It is trained for some steps, and `forecast` tells peaks by tier, payload and moment, activations, bytes
     moved, and with `rates` the time of a step. `on_gpu`: whether the planned machine has one (None: whether this does).
+    `rates` also decide, as in `initialize`, which chunks the device updates; without, the host updates all of its own.
     `manager`: as in `initialize`, of engines that share budgets. One for plans alone: what is planned to be at rest is
     entered there. `watch` is called with every operation of a rehearsal, and ends it when it raises.
 
     Raises as `initialize` does for wrong options and budgets, RuntimeError for a model that needs data on its way, and
     ValueError where `rates` lack what the plan does.
     """
-    if rates is not None and step is None:
-        raise ValueError("rates are given, but no step: nothing is timed without one")
     if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
         raise ValueError(f"world_size={world_size!r}: must be a whole number of ranks, at least 1")
     if isinstance(accumulation_steps, bool) or not isinstance(accumulation_steps, int) or accumulation_steps < 1:
@@ -149,6 +154,7 @@ def plan(
     machine = read_machine(device, RankGroup(0, 1, None, None))
     if on_gpu is not None:
         machine = replace(machine, on_gpu=on_gpu)
+    machine = replace(machine, rates=rates)
     if manager is not None:
         machine = replace(machine, working_bytes=manager.working_bytes)
     storage_plan = plan_storage(layout, config, 0, world_size, machine)
@@ -176,6 +182,7 @@ def plan(
         gradient_peak(layout, storage_plan.placements, config, accumulation_steps)
         + (_sums_on_device(storage_plan, config, machine.device_room) if accumulation_steps > 1 else 0),
         forecast,
+        planned_updaters(storage_plan, rates, accumulation_steps > 1, config.update_in_backward),
     )
 
 

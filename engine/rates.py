@@ -2,21 +2,48 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
 
-from ..kernels import AdamHyper, fused_adam_
+from ..kernels import CODE_DTYPES, AdamHyper, fused_adam_, scales_numel
 from .collectives import RankGroup, all_gather_, make_rank_group
-from .config import Precision
+from .config import EngineConfig, Precision, StatePrecision
 from .nvme import NvmeStore
 from .tiers import Work
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rates:
-    """Sustained rates of one rank. A rate of None stands for what the machine lacks: a plan that needs it raises."""
+class UpdateRates:
+    """What decides where Adam runs (updater_choice.py): sustained rates of one rank, None for what the machine
+    lacks."""
+
+    host_adam_numel: float
+    """Parameters a second."""
+    device_adam_numel: float
+    link_in_bytes: float | None = None
+    """A second, from the host to the device."""
+    link_out_bytes: float | None = None
+    host_computes: bool = False
+    """The device is the CPU: copies, collectives and Adam on the host take their time from the model's computation."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith(("_numel", "_bytes", "_flops")) and value is not None and not value > 0:
+                raise ValueError(f"{field.name}={value!r}: must be more than 0")
+
+    @property
+    def have_device(self) -> bool:
+        """There is a device beside the host's processor, and a link to it."""
+        return not self.host_computes and self.link_in_bytes is not None and self.link_out_bytes is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates(UpdateRates):
+    """All that a plan needs, of one rank. A rate of None stands for what the machine lacks: a plan that needs it
+    raises."""
 
     compute_flops: float
     """Multiplications and additions a second in matrix products of the compute dtype."""
@@ -28,18 +55,10 @@ class Rates:
     """Multiplications and additions a second in fused attention; None: compute_flops."""
     function_bytes: float | None = None
     """As memory_bytes, by operations that evaluate a function (exp, silu, softmax) of every element; None: that."""
-    host_adam_numel: float
-    """Parameters a second."""
-    device_adam_numel: float
-    link_in_bytes: float | None = None
-    """A second, from the host to the device."""
-    link_out_bytes: float | None = None
     disk_read_bytes: float | None = None
     disk_write_bytes: float | None = None
     collective_bytes: float | None = None
     """A second, that one rank receives."""
-    host_computes: bool = False
-    """The device is the CPU: copies, collectives and Adam on the host take their time from the model's computation."""
 
     def seconds(self, work: Work, amount: int) -> float:
         """Raises ValueError where the machine has no rate for it."""
@@ -65,30 +84,73 @@ def measure_rates(
     nvme_dir: str | None = None,
     process_group: dist.ProcessGroup | None = None,
     trial_s: float = 0.15,
+    state_precision: str = "exact",
 ) -> Rates:
     """Rates of this machine, each of some trials for `trial_s`, in all 2 to 5 seconds: of one rank that has it to
     itself, or with `process_group` of its ranks, which all call this, while all of them do the same."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     group = RankGroup(0, 1, None, None) if process_group is None else make_rank_group(process_group, device, 60)
     trial, kind = _Trial(device, trial_s, group), Precision(precision)
-    on_gpu = device.type == "cuda"
-    host_adam = _adam_numel(trial, torch.device("cpu"), kind)
-    copies = _copy_bytes(trial)
+    of_updates = _update_rates(trial, kind, StatePrecision(state_precision))
     reads, writes = _disk_bytes(trial, nvme_dir) if nvme_dir is not None else (None, None)
     # The group stays: torch gives its name to the next one of the same ranks, which would look for the old addresses.
     return Rates(
+        **vars(of_updates),
         compute_flops=_compute_flops(trial, kind.dtype),
         memory_bytes=_memory_bytes(trial, kind.dtype),
         call_s=_call_s(trial),
         attention_flops=_attention_flops(trial, kind.dtype),
         function_bytes=_function_bytes(trial, kind.dtype),
-        host_adam_numel=host_adam,
-        device_adam_numel=_adam_numel(trial, device, kind) if on_gpu else host_adam,
-        link_in_bytes=copies[0],
-        link_out_bytes=copies[1],
         disk_read_bytes=reads,
         disk_write_bytes=writes,
         collective_bytes=_collective_bytes(trial) if group.is_distributed else None,
+    )
+
+
+def agreed_update_rates(
+    rates: UpdateRates | None, device: torch.device, config: EngineConfig | None, group: RankGroup
+) -> UpdateRates | None:
+    """What an engine of `config` (None: one that trains nothing, or whose options are wrong) decides by, the same on
+    every rank: of each rate that of the slowest one, for which the others would wait. Rates that are not given are
+    measured, by all ranks at once, where a GPU is to train what lies on the host. A collective.
+
+    Raises TypeError and ValueError, on every rank.
+    """
+    missing = rates is None and config is not None and config.keeps_state_on_host and device.type == "cuda"
+    given = group.gather_objects((rates, missing))
+    if all(missing for _, missing in given):
+        trial = _Trial(device, 0.15, group)
+        rates = _update_rates(trial, Precision(config.precision), StatePrecision(config.state_precision))
+        given = group.gather_objects((rates, True))
+    every = [rates for rates, _ in given]
+    for each in every:
+        if each is not None and not isinstance(each, UpdateRates):
+            raise TypeError(f"rates is a {type(each).__name__}: give what measure_rates returns")
+    if None in every:
+        if any(every):
+            raise ValueError("rates are given on some ranks and not on others: give them on all, or on none")
+        return None
+    return _slowest(every)
+
+
+def _slowest(rates: list[UpdateRates]) -> UpdateRates:
+    def least(name: str) -> float | None:
+        values = [getattr(each, name) for each in rates]
+        return None if None in values else min(values)
+
+    names = ("host_adam_numel", "device_adam_numel", "link_in_bytes", "link_out_bytes")
+    return UpdateRates(**{name: least(name) for name in names}, host_computes=any(each.host_computes for each in rates))
+
+
+def _update_rates(trial: "_Trial", precision: Precision, state_precision: StatePrecision) -> UpdateRates:
+    on_gpu = trial.device.type == "cuda"
+    host_adam = _adam_numel(trial, torch.device("cpu"), precision, state_precision)
+    link_in, link_out = _copy_bytes(trial)
+    return UpdateRates(
+        host_adam_numel=host_adam,
+        device_adam_numel=_adam_numel(trial, trial.device, precision, state_precision) if on_gpu else host_adam,
+        link_in_bytes=link_in,
+        link_out_bytes=link_out,
         host_computes=not on_gpu,
     )
 
@@ -171,12 +233,17 @@ def _copy_bytes(trial: _Trial) -> tuple[float, float]:
     return on_host.nbytes / inwards, on_host.nbytes / trial.seconds_of(lambda: on_host.copy_(on_device))
 
 
-def _adam_numel(trial: _Trial, device: torch.device, precision: Precision) -> float:
+def _adam_numel(trial: _Trial, device: torch.device, precision: Precision, state_precision: StatePrecision) -> float:
     numel = 2**26 if device.type == "cuda" else 2**22
-    dtype = precision.dtype
-    weight, grad = (torch.ones(numel, dtype=dtype, device=device) for _ in range(2))
-    exp_avg, exp_avg_sq = (torch.ones(numel, device=device) for _ in range(2))
+    if device.type != trial.device.type:  # a GPU's host, whose caches may hold hundreds of MB
+        numel = 2**24
+    weight, grad = (torch.ones(numel, dtype=precision.dtype, device=device) for _ in range(2))
+    dtypes = dict.fromkeys(CODE_DTYPES, torch.float32)
     rest = {}
+    if state_precision is StatePrecision.EIGHT_BIT:
+        dtypes = CODE_DTYPES
+        rest["scales"] = torch.ones(scales_numel(numel), device=device)
+    exp_avg, exp_avg_sq = (torch.ones(numel, dtype=dtype, device=device) for dtype in dtypes.values())
     if precision is Precision.BF16:
         rest["remainder"] = torch.zeros(numel, dtype=torch.int16, device=device)
     if precision is Precision.FP16:

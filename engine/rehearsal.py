@@ -464,7 +464,8 @@ def rehearse(
 
     has_budget = options.get("device_budget") is not None
     meter = None if has_budget or machine.gpu_bytes is None else ObservedMeter(ledger, machine.gpu_bytes)
-    ground = Ground(torch.device("meta"), group, ledger, store, machine.device_room, make_lane, meter)
+    on_meta_device = torch.device("meta")
+    ground = Ground(on_meta_device, group, ledger, store, machine.device_room, make_lane, meter, machine.rates)
     manager.trace = ObservedTrace(ledger, [each.name for each in storage_plan.layout.groups])
     engine = assemble(on_meta, ours, config, parts, storage_plan, ground, BindOnly(on_meta), manager)
 

@@ -22,9 +22,11 @@ from .chunk import Chunk
 from .chunk_group import ChunkGroup
 from .collectives import RankGroup, make_rank_group
 from .config import EngineConfig, Precision, StatePrecision, check_folder
+from .device_updates import DeviceUpdates
+from .engine_lanes import Lanes, make_lanes
 from .gradients import GradientTraffic
 from .hooks import Schedule, UnitHooks
-from .lanes import InlineLane, Lane, MakeLane, make_lane, on_worker
+from .lanes import MakeLane, make_lane, on_worker
 from .layout import Layout, ParamSpec, pack
 from .loader import Loader, WeightLoader
 from .machine import make_meter, read_machine
@@ -33,11 +35,13 @@ from .migration import Migration
 from .nested import tensors_in
 from .nvme import NvmeStore
 from .optimizer import ZeroOptimizer, read_adam_groups
-from .placement import STORE_RING_BYTES, WEIGHT_STAGING_BYTES, ChunkPlacement, StoragePlan
+from .placement import STORE_RING_BYTES, WEIGHT_STAGING_BYTES, StoragePlan
 from .pretrained import PretrainedFolder
+from .rates import UpdateRates, agreed_update_rates
 from .staging import Staging
 from .streaming import UpdateStream
 from .tiers import BufferPool, Ledger, Payload, Storage, Tier
+from .updaters import Updaters
 
 _ENGINE_ATTRIBUTE = "_megalith_engine"
 _gathered_count = itertools.count()
@@ -90,6 +94,7 @@ def initialize(
     device: torch.device | str | None = None,
     lane_delay: Callable[[], float] | None = None,
     manager: Manager | None = None,
+    rates: UpdateRates | None = None,
     **options: Any,
 ) -> tuple[nn.Module, ZeroOptimizer | None]:
     """Store `model` in chunks, shard them over the ranks and place them on tiers.
@@ -111,6 +116,8 @@ def initialize(
         device: where to compute; by default the current CUDA device, or the CPU where there is none.
         lane_delay: for tests on a CPU: seconds to sleep before each piece of work on a lane.
         manager: shares its budgets with the other engines that it is given to.
+        rates: what `measure_rates` returned. By them each chunk whose state is on the host is updated there, or by the
+            device. Where it is not given, a GPU and its host are measured for about a second.
         options: the fields of `EngineConfig`.
 
     A model on meta without `pretrained` is initialised by its own rules, the same at every world size. Otherwise the
@@ -125,7 +132,8 @@ def initialize(
     manager = manager or Manager()
     manager.send_all_home()
     machine = read_machine(device, rank_group)
-    machine = replace(machine, working_bytes=manager.working_bytes)
+    rates = agreed_update_rates(rates, device, None if optimizer is None else _valid(options), rank_group)
+    machine = replace(machine, working_bytes=manager.working_bytes, rates=rates)
     prepared, error = None, None
 
     def open_folder() -> PretrainedFolder | None:
@@ -150,6 +158,7 @@ def initialize(
         machine.device_room,
         partial(make_lane, device=device, delay=lane_delay),
         make_meter(device) if options.get("device_budget") is None and manager.budgets[Tier.DEVICE] is None else None,
+        rates,
     )
     loader = WeightLoader(model, folder, config, rank_group, device)
     engine = assemble(model, optimizer, config, parts, storage_plan, ground, loader, manager)
@@ -170,6 +179,8 @@ class Ground:
     make_lane: MakeLane
     meter: Meter | None = None
     """Tells what the device has room for, where no budget does."""
+    rates: UpdateRates | None = None
+    """By which it is decided where Adam of the state on the host runs."""
 
 
 def assemble(
@@ -189,7 +200,7 @@ def assemble(
     storage.reserve_host(storage_plan.slab_bytes)
     if storage_plan.uses_disk:
         ledger.add(Tier.HOST, Payload.STAGING, storage_plan.staging_bytes)
-    lanes = _make_lanes(ground.make_lane, placements, rank_group, config)
+    lanes = make_lanes(ground.make_lane, storage_plan, rank_group, config)
     staging_bytes = WEIGHT_STAGING_BYTES if storage_plan.uses_disk else 0
     traffic = GradientTraffic(
         rank_group, lanes.transfers, BufferPool(storage, Payload.GRADIENT), ledger, Staging(device, staging_bytes)
@@ -225,17 +236,8 @@ def assemble(
     if optimizer is not None:
         if config.placement == "auto" and not all(p.is_on_device(s) for _, s, p in storage_plan.named_chunks()):
             migration = Migration(groups, schedule, rank_group, config, manager, ground.meter)
-        stream = None
-        if storage_plan.uses_disk:
-            stream = UpdateStream(
-                storage_plan.piece_numel,
-                ring_itemsizes(config, device.type == "cuda"),
-                device,
-                weights_at_hand=config.update_in_backward,
-            )
-        zero_optimizer = ZeroOptimizer(
-            optimizer, groups, schedule, rank_group, config, model, lanes.updates, stream, migration
-        )
+        updaters = _make_updaters(storage_plan, config, lanes, storage, ground.rates)
+        zero_optimizer = ZeroOptimizer(optimizer, groups, schedule, rank_group, config, model, updaters, migration)
     engine = Engine(model, zero_optimizer, config, layout, groups, schedule, rank_group, ledger, migration)
     for module in model.modules():
         module.__dict__[_ENGINE_ATTRIBUTE] = engine
@@ -309,6 +311,14 @@ def prepare(
         config = replace(config, device_budget=machine.device_room)
     check_budgets(storage_plan, config)
     return config, folder, parts, storage_plan
+
+
+def _valid(options: dict[str, Any]) -> EngineConfig | None:
+    """None for what `prepare` raises."""
+    try:
+        return EngineConfig.from_keywords(**options)
+    except (TypeError, ValueError):
+        return None
 
 
 def _compute_device(device: torch.device | str | None) -> torch.device:
@@ -428,33 +438,16 @@ def _open_store(
     return store
 
 
-@dataclass(frozen=True)
-class Lanes:
-    transfers: Lane
-    """Collectives, and gradients that leave."""
-    copies: Lane
-    """Weights that come from where they are at rest."""
-    updates: Lane
-    """The step of chunks whose state is offloaded."""
-    activations: Lane
-    """Saved inputs of blocks, out and back in."""
-
-
-def _make_lanes(make: MakeLane, placements: list[ChunkPlacement], rank_group: RankGroup, config: EngineConfig) -> Lanes:
-    fetches = any(placement.weight_tier is not Tier.DEVICE for placement in placements)
-    updates = any(placement.optimizer_tier is not Tier.DEVICE for placement in placements)
-    on_disk = any(Tier.NVME in (placement.weight_tier, placement.optimizer_tier) for placement in placements)
-
-    def lane(name: str, needed: bool, waits: bool, waits_for_host: bool) -> Lane:
-        return make(name, waits=waits, waits_for_host=waits_for_host) if needed else InlineLane(name)
-
-    is_distributed, after_updates = rank_group.is_distributed, updates or on_disk
-    return Lanes(
-        lane("transfers", is_distributed or fetches or updates, is_distributed or on_disk, after_updates),
-        lane("copies", fetches, on_disk, after_updates),
-        lane("updates", updates, on_disk, after_updates),
-        lane("activations", config.offload_activations, False, False),
-    )
+def _make_updaters(
+    plan: StoragePlan, config: EngineConfig, lanes: Lanes, storage: Storage, rates: UpdateRates | None
+) -> Updaters:
+    stream = by_device = None
+    if plan.uses_disk:
+        itemsizes = ring_itemsizes(config, storage.device.type == "cuda")
+        stream = UpdateStream(plan.piece_numel, itemsizes, storage.device, weights_at_hand=config.update_in_backward)
+    if plan.device_ring.nbytes:
+        by_device = DeviceUpdates(plan.device_ring, storage, lanes.states_in, lanes.states_out)
+    return Updaters(lanes.updates, stream, lanes.device_updates, by_device, rates)
 
 
 def _register_hooks(
@@ -532,8 +525,7 @@ def _close(lanes: Lanes, store: NvmeStore | None, ledger: Ledger) -> None:
     if on_worker():  # where the garbage collector came by in the middle of a transfer, whose locks the thread holds
         threading.Thread(target=_close, args=(lanes, store, ledger), name="closing of an engine").start()
         return
-    for lane in (lanes.copies, lanes.updates, lanes.transfers, lanes.activations):
-        lane.close()
+    lanes.close()
     if store is not None:
         store.close()
     ledger.clear()

@@ -13,7 +13,6 @@ import torch
 
 from .chunk import Chunk, payload_part
 from .disk_tensor import DiskTensor
-from .lanes import Event
 from .nvme import Handle
 from .streaming_sizes import SLOTS, ring_bytes_of
 from .tiers import HostSlab, Work
@@ -197,21 +196,3 @@ class UpdateStream:
 
     def _gradient(self, piece: Piece, run: Run) -> torch.Tensor:
         return piece.slot.view("gradient", run.gradient.dtype, run.start - piece.start, run.stop - piece.start)
-
-
-class WrittenEvent:
-    """Of an update whose last writes may outlive its place on the lane."""
-
-    def __init__(self, updated: Event, writes: list[Handle]) -> None:
-        self._updated = updated
-        self._writes = writes  # filled by the lane
-
-    def wait(self) -> None:
-        self._updated.wait()
-        for write in self._writes:
-            write.wait()
-
-    synchronize = wait
-
-    def done(self) -> bool:
-        return self._updated.done() and all(write.done() for write in self._writes)

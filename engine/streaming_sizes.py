@@ -1,4 +1,7 @@
-"""How large the ring is through which updates of chunks on a drive are streamed. Pure."""
+"""How large the rings are through which updates are streamed: on the host those of chunks on a drive, on the device
+those that it does for the host. Pure."""
+
+from dataclasses import dataclass
 
 from .config import Precision, StatePrecision
 from .layout import round_up
@@ -9,6 +12,15 @@ SLOTS = 6
 
 PIECE_MULTIPLE = 4096
 """Elements: pieces of every dtype then begin on a page of the buffer and of the file."""
+
+DEVICE_SLOTS = 3
+"""Pieces on the device: one that comes in, one that is updated, one that goes out."""
+
+DEVICE_PIECE_NUMEL = 2**22
+"""At most: half a millisecond of a link and more, beside which the launches of its copies count for little."""
+
+DEVICE_RING_SHARE = 16
+"""The ring takes no more than one in so many bytes of a device's budget."""
 
 
 def slot_itemsizes(
@@ -42,3 +54,30 @@ def piece_numel_of(ring_bytes: int, largest_numel: int, itemsizes: dict[str, int
 
 def ring_bytes_of(piece_numel: int, itemsizes: dict[str, int]) -> int:
     return SLOTS * piece_numel * sum(itemsizes.values())
+
+
+@dataclass(frozen=True)
+class DeviceRing:
+    """Memory on the device that pieces of the host's state go through."""
+
+    piece_numel: int
+    """Elements that a slot holds."""
+    itemsizes: dict[str, int]
+    """Bytes of an element of each payload in a slot."""
+
+    @property
+    def nbytes(self) -> int:
+        return DEVICE_SLOTS * self.piece_numel * sum(self.itemsizes.values())
+
+
+NO_RING = DeviceRing(0, {})
+"""The device updates nothing that lies on the host."""
+
+
+def device_ring_of(largest_numel: int, itemsizes: dict[str, int], budget: int | None) -> DeviceRing:
+    """`budget`: bytes of the device's, if it has one."""
+    piece_numel = round_up(max(min(DEVICE_PIECE_NUMEL, largest_numel), 1), PIECE_MULTIPLE)
+    if budget is not None:
+        most = budget // DEVICE_RING_SHARE // (DEVICE_SLOTS * sum(itemsizes.values()))
+        piece_numel = min(piece_numel, most // PIECE_MULTIPLE * PIECE_MULTIPLE)
+    return DeviceRing(piece_numel, itemsizes) if piece_numel else NO_RING

@@ -41,7 +41,8 @@ class Payload(Enum):
     ACTIVATION = "activation"
     """Saved inputs of checkpointed blocks on the host, between the forward and the backward pass."""
     STAGING = "staging"
-    """Host buffers that what is on a drive goes through."""
+    """Buffers that something goes through: on the host what is on a drive, on the device what it updates of the host's
+    state."""
 
     __hash__ = object.__hash__
 

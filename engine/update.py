@@ -1,4 +1,4 @@
-"""One step's update of one chunk: what `step()` has fixed, and its execution, now or later.
+"""One step's update of one chunk: what `step()` has fixed, and its execution where the state lies, now or later.
 
 Everything that an update depends on, the clipping factor, the learning rates, betas and step numbers of that moment, is
 in it. So it gives the same bits whenever it is executed: those of chunks on the device at once, those of offloaded
@@ -75,7 +75,7 @@ def cut_parts(tensors: tuple[torch.Tensor, ...], start: int, stop: int) -> Itera
 
 @torch.no_grad()
 def execute(update: ChunkUpdate) -> None:
-    """Of a chunk that is in memory."""
+    """Of a chunk that is in memory, by the processor of the tier on which its state is."""
     chunk = update.chunk
     weight = chunk.weight.data.to(chunk.exp_avg.device)  # the same tensor where weight and state are on one device
     tensors = {payload: getattr(chunk, payload) for payload in PAYLOADS} | {"weight": weight}
@@ -93,9 +93,11 @@ def execute(update: ChunkUpdate) -> None:
 def adam_runs(tensors: Mapping[str, torch.Tensor | None], offset: int, runs: list[Run], update: ChunkUpdate) -> None:
     """Update `tensors`, by payload, which hold the owned elements from `offset` on, by `runs` of `update`, all on one
     device."""
-    values = torch.tensor([update.factor, 0.0], dtype=torch.float32, device=tensors["exp_avg"].device)
+    device = tensors["exp_avg"].device
+    factor = torch.full((1,), update.factor, dtype=torch.float32, device=device)  # filled there: the host need not wait
+    found_inf = torch.zeros(1, dtype=torch.float32, device=device)
     if isinstance(update.squares, torch.Tensor):
-        values[1:] = update.squares.isfinite().logical_not()
+        found_inf.copy_(update.squares.isfinite().logical_not())
     elif not math.isfinite(update.squares):
         return
     for run in runs:
@@ -109,7 +111,7 @@ def adam_runs(tensors: Mapping[str, torch.Tensor | None], offset: int, runs: lis
             part.pop("exp_avg"),
             part.pop("exp_avg_sq"),
             run.hyper,
-            factor=values[:1],
-            found_inf=values[1:],
+            factor=factor,
+            found_inf=found_inf,
             **part,
         )

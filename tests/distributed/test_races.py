@@ -8,7 +8,9 @@ from itertools import product
 import megalith.engine as engine
 import torch
 from launch import run_ranks
+from megalith.engine import streaming_sizes
 from megalith.engine.lanes import random_delay
+from test_offload_ranks import RATES
 from tiny import batches, make_model, rank_rows, weights_of
 
 SEEDS = 30
@@ -16,6 +18,7 @@ OPTIONS = [
     {"zero_stage": stage, "placement": placement, "prefetch": prefetch}
     for stage, placement, prefetch in product((1, 2, 3), ("device", "host"), (0, 1, 2))
 ]
+OPTIONS += [OPTIONS[-1] | {"rates": RATES}, OPTIONS[3] | {"rates": RATES}]  # the device does a part of the updates
 
 
 def _digest(tensors):
@@ -52,6 +55,7 @@ def _train(rank, world_size, options, seed):
 
 
 def _train_all(rank, world_size, jobs):
+    streaming_sizes.PIECE_MULTIPLE, streaming_sizes.DEVICE_PIECE_NUMEL = 256, 512
     return [_train(rank, world_size, options, seed) for options, seed in jobs]
 
 
