@@ -11,7 +11,7 @@ from ..kernels import CODE_DTYPES, AdamHyper, fused_adam_, scales_numel
 from .collectives import RankGroup, all_gather_, make_rank_group
 from .config import EngineConfig, Precision, StatePrecision
 from .nvme import NvmeStore
-from .tiers import Work
+from .tiers import HostSlab, Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +121,7 @@ def agreed_update_rates(
     if all(missing for _, missing in given):
         trial = _Trial(device, 0.15, group)
         rates = _update_rates(trial, Precision(config.precision), StatePrecision(config.state_precision))
+        torch.cuda.empty_cache()  # what was measured with is not needed again
         given = group.gather_objects((rates, True))
     every = [rates for rates, _ in given]
     for each in every:
@@ -226,15 +227,16 @@ def _call_s(trial: _Trial) -> float:
 
 def _copy_bytes(trial: _Trial) -> tuple[float, float]:
     on_gpu = trial.device.type == "cuda"
-    on_host = torch.ones(2**27 if on_gpu else 2**24, dtype=torch.uint8)
-    on_host = on_host.pin_memory() if on_gpu else on_host
+    nbytes = 2**27 if on_gpu else 2**24
+    on_host = HostSlab(nbytes, trial.device).take(nbytes, torch.uint8)  # page-locked, but not for good
+    on_host.fill_(1)
     on_device = torch.empty_like(on_host, device=trial.device)
     inwards = trial.seconds_of(lambda: on_device.copy_(on_host))
     return on_host.nbytes / inwards, on_host.nbytes / trial.seconds_of(lambda: on_host.copy_(on_device))
 
 
 def _adam_numel(trial: _Trial, device: torch.device, precision: Precision, state_precision: StatePrecision) -> float:
-    numel = 2**26 if device.type == "cuda" else 2**22
+    numel = 2**25 if device.type == "cuda" else 2**22
     if device.type != trial.device.type:  # a GPU's host, whose caches may hold hundreds of MB
         numel = 2**24
     weight, grad = (torch.ones(numel, dtype=precision.dtype, device=device) for _ in range(2))

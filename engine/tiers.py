@@ -184,7 +184,8 @@ class HostSlab:
                     f"cannot page-lock {nbytes} bytes of host memory (CUDA error {int(error)}): "
                     "raise the limit of locked memory (ulimit -l) or offload less"
                 )
-            weakref.finalize(self._bytes, cudart.cudaHostUnregister, pointer)
+            # Of the pages, which what was taken keeps alive: torch lets go of the tensor here before that.
+            weakref.finalize(pages, cudart.cudaHostUnregister, pointer)
 
     def take(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """The next `numel` zeros. Raises OutOfBudgetError past the end."""

@@ -88,13 +88,15 @@ def in_turn(steps):
 
 def describe(rehearsals, device, options, ranks):
     """Print the plan of {name: Rehearsal}, in the order in which the engine takes them, on the first rank. A collective
-    of the ranks, whose speed is measured first. `options`: keywords of `engine.initialize`, whose budgets are for all
-    models together."""
+    of the ranks, whose speed is measured first: returns their rates. `options`: keywords of `engine.initialize`, whose
+    budgets are for all models together."""
     drive = options.get("nvme_dir") if options["placement"] in ("nvme", "auto") else None
     group = dist.group.WORLD if ranks.world_size > 1 else None
-    rates = engine.measure_rates(device, options["precision"], drive, group, TRIAL_S)
+    states = options.get("state_precision", "exact")
+    rates = engine.measure_rates(device, options["precision"], drive, group, TRIAL_S, states)
     if ranks.is_first:
         print(plans(rehearsals, options, ranks.world_size, rates), flush=True)
+    return rates
 
 
 def plans(rehearsals, options, world_size, rates=None):
@@ -123,17 +125,14 @@ def plans(rehearsals, options, world_size, rates=None):
 def _planned(name, rehearsal, options, world_size, rates, manager):
     """(the plan, lines on why it is without a step)."""
     model, optimizer, patience = rehearsal.model, rehearsal.optimizer, Patience(name)
-    of_step = {"step": rehearsal.step, "rates": rates} if rehearsal.step is not None else {}
-    of_step["accumulation_steps"] = rehearsal.micro_batches
+    options = {"world_size": world_size, "rates": rates, "manager": manager, **options}
+    of_step = {"step": rehearsal.step, "accumulation_steps": rehearsal.micro_batches}
     try:
-        return engine.plan(
-            model, optimizer, world_size=world_size, manager=manager, watch=patience, **of_step, **options
-        ), []
+        return engine.plan(model, optimizer, watch=patience, **of_step, **options), []
     except engine.OutOfBudgetError:
         raise
     except Exception as error:  # whatever a model does on meta, the run does not depend on it
-        plan = engine.plan(model, optimizer, world_size=world_size, manager=manager, **options)
-        return plan, [f"its step was not rehearsed: {error}"]
+        return engine.plan(model, optimizer, **options), [f"its step was not rehearsed: {error}"]
     finally:
         patience.close()
 

@@ -81,7 +81,8 @@ class Case:
 def chosen_rates(plan_args, options, device):
     """Raises InputError for a rate that is not one."""
     if plan_args.machine == "here":
-        rates = engine.measure_rates(device, options["precision"], options["nvme_dir"])
+        states = options["state_precision"]
+        rates = engine.measure_rates(device, options["precision"], options["nvme_dir"], state_precision=states)
         rates = dataclasses.replace(rates, collective_bytes=1e9)  # a guess, which --rates replaces
     else:
         rates = MACHINES[plan_args.machine]

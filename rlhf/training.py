@@ -42,9 +42,9 @@ def prepare(model_args, strategy_args, optim_args, output_args):
 NEW_PARAMETERS = (*lora.NEW_PARAMETERS, *reward_model.NEW_PARAMETERS)
 
 
-def load_into_engine(model, optimizer, source, preparation, manager=None, allow_missing=NEW_PARAMETERS):
+def load_into_engine(model, optimizer, source, preparation, manager=None, allow_missing=NEW_PARAMETERS, rates=None):
     """`engine.initialize` with the weights of `source`; adapters and a new score head keep their own initial values.
-    `manager`: has the budgets of `preparation`, for several models."""
+    `manager`: has the budgets of `preparation`, for several models. `rates`: measured already."""
     options = preparation.options if manager is None else split_budgets(preparation.options)[1]
     return engine.initialize(
         model,
@@ -54,6 +54,7 @@ def load_into_engine(model, optimizer, source, preparation, manager=None, allow_
         stored_name=lora.stored_name,
         device=preparation.device,
         manager=manager,
+        rates=rates,
         **options,
     )
 
@@ -98,14 +99,14 @@ class TrainingRun:
             betas=(optim_args.adam_beta1, optim_args.adam_beta2),
         )
         of_model = memory_plan.Rehearsal(model, step, optim_args.accumulation_steps, optimizer)
-        memory_plan.describe({"model": of_model, **others}, self.device, preparation.options, ranks)
+        rates = memory_plan.describe({"model": of_model, **others}, self.device, preparation.options, ranks)
         if ranks.is_first:
             self.save_path.mkdir(parents=True, exist_ok=True)
             write_config(self.save_path / "arguments.yaml", options.groups)
 
         self._hooks = (Throughput(model, ranks.world_size), PeakMemory(preparation.device))
         self.manager = engine.Manager(**split_budgets(preparation.options)[0])
-        self.model, self.optimizer = load_into_engine(model, optimizer, source, preparation, self.manager)
+        self.model, self.optimizer = load_into_engine(model, optimizer, source, preparation, self.manager, rates=rates)
         self.model.train()
         warmup_steps = round(optim_args.warmup_ratio * self.total_steps)
         self._scheduler = get_scheduler(optim_args.lr_scheduler_type, self.optimizer, warmup_steps, self.total_steps)

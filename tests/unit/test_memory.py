@@ -229,3 +229,21 @@ def test_a_frozen_model_is_offloaded_without_optimizer_memory():
     partly.model.requires_grad_(False)
     partly, _ = engine.initialize(partly, adamw(partly))
     assert engine.memory_report(partly)["device"]["exp_avg"]["bytes"] == 4 * partly.lm_head.weight.numel() + 4 * 32
+
+
+def test_page_locked_memory_stays_so_for_as_long_as_anything_of_it_is_used(monkeypatch):
+    locked = set()
+
+    class Cudart:
+        def cudaHostRegister(self, pointer, nbytes, flags):
+            locked.add(pointer)
+            return 0
+
+        def cudaHostUnregister(self, pointer):
+            locked.remove(pointer)
+
+    monkeypatch.setattr(torch.cuda, "cudart", Cudart)
+    taken = HostSlab(4096, torch.device("cuda")).take(1024, torch.float32)
+    assert locked == {taken.data_ptr()}
+    del taken
+    assert not locked

@@ -207,7 +207,7 @@ def test_a_corrupt_drive_is_found_by_its_checksum(tmp_path):
 @pytest.mark.parametrize("where", ["lane", "pool"])
 def test_an_engine_that_is_collected_in_the_middle_of_a_transfer_of_its_own_is_closed(where, tmp_path):
     held = list(initialized(llama, **on_drive(tmp_path, nvme_checksums=False)))
-    pool, lane = engine_of(held[0]).chunks[0].exp_avg.store._pool, held[1]._lane
+    pool, lane = engine_of(held[0]).chunks[0].exp_avg.store._pool, held[1]._updaters._host_lane
     ended = threading.Event()
 
     def collect():
