@@ -86,6 +86,8 @@ def main():
             metrics["drive_use_share"] = metrics["drive_floor_s"] / metrics["step_s"]
         if device.type == "cuda":
             metrics["peak_cuda_bytes"] = max(r["peak_cuda_bytes"] for r in ranks)
+            if options.peer == "megalith" and options.placement == "host":
+                metrics["updated_by_device_share"] = updated_by_device(model)
         result = {
             "metrics": metrics,
             "losses": [sum(each) / len(ranks) for each in zip(*(r["losses"] for r in ranks), strict=True)],
@@ -223,6 +225,15 @@ def drive_of(model, options):
     from megalith.engine.shard import engine_of
 
     return engine_of(model).chunks[0].weight.store
+
+
+def updated_by_device(model):
+    """The share of all updates so far that the GPU did, of parameters whose optimizer state is on the host."""
+    from megalith.engine import Work
+    from megalith.engine.shard import engine_of
+
+    work = engine_of(model).ledger.work
+    return work[Work.DEVICE_ADAM] / (work[Work.DEVICE_ADAM] + work[Work.HOST_ADAM])
 
 
 def drive_bytes_per_s(folder):

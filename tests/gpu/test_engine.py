@@ -52,9 +52,10 @@ def test_host_placement_keeps_device_memory_to_what_the_plan_says_and_flat():
     with torch.device("meta"):
         model = make_model("llama", hidden_size=512, intermediate_size=1024, num_hidden_layers=12)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    plan = engine.plan(model, optimizer, placement="host", precision="bf16")
+    options = {"placement": "host", "precision": "bf16", "rates": engine.measure_rates("cuda", "bf16", trial_s=0.05)}
+    plan = engine.plan(model, optimizer, **options)
     before = torch.cuda.memory_allocated()
-    model, optimizer = engine.initialize(model, optimizer, placement="host", precision="bf16")
+    model, optimizer = engine.initialize(model, optimizer, **options)
     rows = torch.randint(0, 97, (2, 16), device="cuda")
     peaks = []
     for _ in range(recipe.steps + 3):
