@@ -13,6 +13,9 @@ Where the stored bytes do not fit, the run ends with the plan and the reason; `-
 import argparse
 import gc
 import json
+import math
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -208,6 +211,8 @@ def options_of(strategy, args, device):
     placement = STRATEGIES.get(strategy, {}).get("placement")
     if placement == "nvme" and args.nvme_dir is None:
         raise InputError(f"--strategy {strategy} needs --nvme_dir, a folder on a local drive")
+    if args.nvme_dir is not None and not os.path.isdir(args.nvme_dir):
+        raise InputError(f"--nvme_dir {args.nvme_dir}: no such folder")
     arguments = StrategyArguments(
         strategy=strategy,
         precision=args.precision,
@@ -237,14 +242,19 @@ def planned(strategy, args, device, world_size):
     return text, {"device": stored}
 
 
-def why_it_cannot_fit(totals, device):
-    """The reason why the planned bytes are more than this machine has, or None."""
-    on_gpu = device.type == "cuda"
-    memory = psutil.virtual_memory().total
-    limits = {"device": torch.cuda.get_device_properties(device).total_memory if on_gpu else memory, "host": memory}
-    needed = {tier: totals.get(tier, 0) for tier in limits}
-    if not on_gpu:  # both tiers are the same memory
-        needed, limits = {"host": needed["device"] + needed["host"]}, {"host": memory}
+def why_it_cannot_fit(totals, device, nvme_dir=None):
+    """The reason why the planned bytes of a rank, {tier: bytes}, are more than this machine has, or None. The ranks of
+    a machine share its memory and its drive."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    needed = {"host": totals.get("host", 0) * local_ranks, "nvme": totals.get("nvme", 0) * local_ranks}
+    limits = {"host": psutil.virtual_memory().total, "nvme": math.inf}
+    if device.type == "cuda":
+        needed["device"] = totals.get("device", 0)
+        limits["device"] = torch.cuda.get_device_properties(device).total_memory
+    else:  # both tiers are the same memory
+        needed["host"] += totals.get("device", 0) * local_ranks
+    if nvme_dir is not None:
+        limits["nvme"] = shutil.disk_usage(nvme_dir).free
     for tier, nbytes in needed.items():
         if nbytes > limits[tier]:
             return (
@@ -268,7 +278,7 @@ def run(args):
     with process_group(device) as ranks:
         for strategy in args.strategy:  # peaks are the process's: measure memory one strategy a run
             text, totals = planned(strategy, args, device, ranks.world_size)
-            reason = why_it_cannot_fit(totals, device)
+            reason = why_it_cannot_fit(totals, device, args.nvme_dir)
             if ranks.is_first and (args.plan or reason):
                 print(f"{args.model}, {strategy}:\n{text}", flush=True)
             if args.plan:

@@ -1,9 +1,11 @@
 """The PPO benchmark: it measures plain models and the engine's, plans, and refuses what cannot fit."""
 
 import json
+import types
 from functools import partial
 
 import pytest
+import torch
 from megalith.bench import ppo, ppo_trl
 
 SMALL = "--model tiny --prompt_tokens 6 --new_tokens 4 --experience_batch_size 2 --train_batch_size 1 --rounds 1"
@@ -80,6 +82,21 @@ def test_a_strategy_without_its_drive_is_refused_before_any_is_measured(monkeypa
     with pytest.raises(SystemExit):
         ppo.main([*SMALL.split(), "--strategy", "torch", "gemini_nvme"])
     assert "--strategy gemini_nvme needs --nvme_dir" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        ppo.main([*SMALL.split(), "--strategy", "torch", "gemini_nvme", "--nvme_dir", "/no/such/folder"])
+    assert "--nvme_dir /no/such/folder: no such folder" in capsys.readouterr().err
+
+
+def test_what_cannot_fit_is_counted_over_the_ranks_of_a_machine(monkeypatch, tmp_path):
+    memory, drive = types.SimpleNamespace(total=100e9), types.SimpleNamespace(free=200e9)
+    monkeypatch.setattr(ppo.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(ppo.shutil, "disk_usage", lambda folder: drive)
+    totals, cpu = {"device": 20e9, "host": 30e9, "nvme": 80e9}, torch.device("cpu")
+    assert ppo.why_it_cannot_fit(totals, cpu, tmp_path) is None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert ppo.why_it_cannot_fit(totals, cpu, tmp_path).startswith("the host would have to hold 150.0 GB and has 100.0")
+    memory.total = 1e12
+    assert ppo.why_it_cannot_fit(totals, cpu, tmp_path).startswith("the nvme would have to hold 240.0 GB and has 200.0")
 
 
 def test_ratios_are_those_of_one_round():
