@@ -154,7 +154,6 @@ class ChunkGroup:
     def promote(self, chunk: Chunk) -> None:
         """Move it to the device for good, as `Chunk.promote` has it."""
         chunk.promote(self._copy_lane, self._staging)
-        self._stale = [each for each in self._stale if each.placement.sharded]
 
     def send_home(self, chunk: Chunk) -> None:
         self.wait()

@@ -30,7 +30,7 @@ from .chunk_group import ChunkGroup
 from .config import EngineConfig
 from .gradients import ChunkGradient, GradientTraffic
 from .layout import Layout, Slot
-from .manager import Held, Manager
+from .manager import Manager
 from .nested import tensors_in
 from .tiers import Payload, Tier
 
@@ -200,7 +200,7 @@ class Schedule:
 
     def hold(self, groups: list[ChunkGroup], token: str) -> None:
         """Unshard `groups` and keep them so until `release`."""
-        self._manager.need(groups, Held(frozenset((self.number, group.index) for group in groups)))
+        self._manager.hold(self.number, groups)
         for group in groups:
             self._unshard(group)
             group.holders.add(token)

@@ -97,12 +97,18 @@ class Manager:
         self.end_moment()
         self.trace.visit(use)
 
-    def need(self, wanted: list[Any], moment: Hashable | None = None) -> None:
+    def hold(self, number: int, groups: list[Any]) -> None:
+        """A `gathered` context of that engine begins."""
+        self.end_moment()
+        self.trace.begin(Held(frozenset((number, group.index) for group in groups)))
+        self.need(groups)
+
+    def need(self, wanted: list[Any]) -> None:
         """The weights of `wanted` must be whole now, and of all groups that somebody uses."""
         if self.measuring:
             groups = self.groups().items()
             keys = {key for key, (_, group) in groups if group in wanted or not group.is_idle}
-            self.trace.measure(Need(groups=frozenset(keys)), moment)
+            self.trace.measure(Need(groups=frozenset(keys)))
 
     def end_moment(self) -> None:
         """What was on the device until now belongs to the moment that ends. Of what engines do not store, which are

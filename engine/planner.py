@@ -153,7 +153,7 @@ def plan(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = read_machine(device, RankGroup(0, 1, None, None))
     if on_gpu is not None:
-        machine = replace(machine, on_gpu=on_gpu)
+        machine = replace(machine, on_gpu=on_gpu, gpu_bytes=machine.gpu_bytes if on_gpu else None)
     machine = replace(machine, rates=rates)
     if manager is not None:
         machine = replace(machine, working_bytes=manager.working_bytes)

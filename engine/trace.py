@@ -29,9 +29,10 @@ class Need:
 class AccessTrace:
     def __init__(self) -> None:
         self.needs: dict[Hashable, Need] = {}
-        """By moment: the two uses with which it begins."""
+        """By moment: the two uses with which it begins, or what else was given to `begin`."""
         self._successor: dict[tuple[Hashable, Hashable], Hashable] = {}
         self._last: tuple[Hashable, Hashable] = (None, None)
+        self._moment: Hashable = self._last
 
     def visit(self, use: Hashable) -> None:
         """Record that `use` happens now: the next moment begins."""
@@ -40,18 +41,21 @@ class AccessTrace:
             self.needs.pop((self._last[1], expected), None)  # the order has changed here
         self._successor[self._last] = use
         self._last = (self._last[1], use)
+        self.begin(self._last)
 
-    def measure(self, need: Need, moment: Hashable | None = None) -> None:
-        """Enter what the present moment needs, or one that is known otherwise."""
-        moment = self._last if moment is None else moment
-        known = self.needs.get(moment)
+    def begin(self, moment: Hashable) -> None:
+        self._moment = moment
+
+    def measure(self, need: Need) -> None:
+        """Enter what the present moment needs."""
+        known = self.needs.get(self._moment)
         if known is not None and not known.is_old:
             need = Need(
                 known.groups | need.groups,
                 max(known.gradient_bytes, need.gradient_bytes),
                 max(known.other_bytes, need.other_bytes),
             )
-        self.needs[moment] = need
+        self.needs[self._moment] = need
 
     def age(self, gradient_bytes: int) -> None:
         """Chunks have moved, and with them gradients: what they add to those on the device between their landing and

@@ -3,6 +3,8 @@
 import megalith.engine as engine
 import pytest
 import torch
+from megalith.engine import machine
+from megalith.engine.shard import engine_of
 from tiny import make_model, update_error
 from training import Recipe, train
 
@@ -98,3 +100,53 @@ def test_offloaded_activations_change_no_bit_and_lower_the_peak(reentrant):
         if not options:
             saved = (24 - 4) * 8 * 512 * 256 * 2
             assert kept_peak - peak > 0.9 * saved
+
+
+def train_auto(precision, **options):
+    """The model, its final weights, and the peak of each step, of a model that is larger than its budget."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = make_model("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=8)
+    options = {"precision": precision, "max_grad_norm": 1.0, "max_chunk_numel": 200_000} | options
+    model, optimizer = engine.initialize(model, torch.optim.AdamW(model.parameters(), lr=1e-3), **options)
+    rows = torch.randint(0, 97, (4, 32), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    peaks = []
+    for _ in range(6):
+        torch.cuda.reset_peak_memory_stats()
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        peaks.append(torch.cuda.max_memory_allocated())
+    with engine.gathered(model):
+        return model, [parameter.clone() for parameter in model.parameters()], peaks
+
+
+@pytest.mark.parametrize("on_drive", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_spare_memory_takes_optimizer_shards_within_the_budget_and_changes_no_bit(precision, on_drive, tmp_path):
+    plain, expected, _ = train_auto(precision)
+    whole = engine.memory_report(plain)["device"]["total"]["peak_bytes"]
+    del plain
+    options = {"nvme_dir": str(tmp_path), "nvme_ring": "12MB", "host_budget": "140MB"} if on_drive else {}
+    promoted = 0
+    for share in (0.5, 0.7, 0.9):
+        budget = int(whole * share)
+        model, weights, peaks = train_auto(precision, placement="auto", device_budget=budget, **options)
+        promoted += engine_of(model).migration.promotion.chunks
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(weights, expected, strict=True))
+        assert engine.memory_report(model)["device"]["total"]["peak_bytes"] <= budget
+        assert peaks[3:] == peaks[3:4] * len(peaks[3:])
+    assert promoted > 0
+
+
+def test_without_a_budget_the_card_is_used_up_to_what_activations_and_the_margin_leave(monkeypatch):
+    plain, expected, peaks = train_auto("bf16")
+    del plain
+    for part in (0.6, 2.0):
+        room = int(max(peaks) * part)
+        monkeypatch.setattr(machine.GpuMeter, "room_bytes", lambda self, room=room: room)
+        model, weights, ours = train_auto("bf16", placement="auto")
+        promotion = engine_of(model).migration.promotion if part < 1 else None
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(weights, expected, strict=True))
+        assert promotion is None or promotion.chunks > 0
+        assert max(ours[2:]) <= room
