@@ -19,10 +19,10 @@ from .chunk import Chunk
 from .chunk_group import ChunkGroup
 from .collectives import RankGroup
 from .config import EngineConfig
-from .hooks import Schedule
 from .layout import ChunkSpec
 from .manager import Manager, Meter
 from .placement import ChunkPlacement
+from .schedule import Schedule
 from .tiers import Payload, Tier
 
 MEASURED_STEP = 2

@@ -15,11 +15,11 @@ from .collectives import RankGroup, sum_over_ranks
 from .config import EngineConfig, Precision
 from .disk_tensor import DiskTensor
 from .gradients import ChunkGradient, GradientPart
-from .hooks import Schedule
 from .in_backward import InBackward
 from .layout import Slot
 from .loss_scaler import DynamicLossScaler
 from .migration import Migration
+from .schedule import Schedule
 from .tiers import Tier
 from .update import ChunkUpdate, Run, execute
 from .updaters import Updaters

@@ -25,19 +25,19 @@ from .config import EngineConfig, Precision, StatePrecision, check_folder
 from .device_updates import DeviceUpdates
 from .engine_lanes import Lanes, make_lanes
 from .gradients import GradientTraffic
-from .hooks import Schedule, UnitHooks
+from .hooks import register_hooks
 from .lanes import MakeLane, make_lane, on_worker
 from .layout import Layout, ParamSpec, pack
 from .loader import Loader, WeightLoader
 from .machine import make_meter, read_machine
 from .manager import Manager, Meter
 from .migration import Migration
-from .nested import tensors_in
 from .nvme import NvmeStore
 from .optimizer import ZeroOptimizer, read_adam_groups
 from .placement import STORE_RING_BYTES, WEIGHT_STAGING_BYTES, StoragePlan
 from .pretrained import PretrainedFolder
 from .rates import UpdateRates, agreed_update_rates
+from .schedule import Schedule
 from .staging import Staging
 from .streaming import UpdateStream
 from .tiers import BufferPool, Ledger, Payload, Storage, Tier
@@ -227,7 +227,7 @@ def assemble(
     loader.load_buffers()
 
     schedule = Schedule(groups, layout, config, traffic, ground.device_room, manager)
-    _register_hooks(model, parts, groups, schedule, config)
+    register_hooks(model, parts, groups, schedule, config)
     if config.offload_activations:
         chunks = [chunk for group in groups for chunk in group.chunks]
         schedule.activations = ActivationOffload(chunks, device, lanes.activations, ledger, config.prefetch)
@@ -448,77 +448,6 @@ def _make_updaters(
     if plan.device_ring.nbytes:
         by_device = DeviceUpdates(plan.device_ring, storage, lanes.states_in, lanes.states_out)
     return Updaters(lanes.updates, stream, lanes.device_updates, by_device, rates)
-
-
-def _register_hooks(
-    model: nn.Module, parts: ModelParts, groups: list[ChunkGroup], schedule: Schedule, config: EngineConfig
-) -> None:
-    home = {slot.fqn: group for group in groups for chunk in group.chunks for slot in chunk.spec.slots}
-    hooks: dict[str, UnitHooks] = {}  # of the units that lie in no other
-    for unit in parts.units:
-        needed = sorted({home[fqn] for fqn in unit.fqns}, key=lambda group: group.index)
-        if all(group.stays for group in needed):
-            continue  # nothing would happen around it
-        unit_hooks = UnitHooks(unit, needed, hooks.get(unit.block), schedule)
-        unit_hooks.register()
-        schedule.units.append(unit_hooks)
-        if unit.block is None:
-            hooks[unit.name] = unit_hooks
-            for group in needed:
-                group.unit_count += 1
-    landing = weakref.proxy(schedule)  # a hook on a tensor is no part of a cycle that can be collected
-    for group in groups:
-        for gradient in group.gradients:
-            for slot in gradient.chunk.spec.slots:
-                model.get_parameter(slot.fqn).register_post_accumulate_grad_hook(
-                    lambda parameter, gradient=gradient, slot=slot: landing.land(gradient, slot, parameter)
-                )
-
-    compute_dtype = Precision(config.precision).dtype
-
-    def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        schedule.begin_forward()
-        return _cast_floats(args, compute_dtype), _cast_floats(kwargs, compute_dtype)
-
-    def after_forward(module: nn.Module, args: tuple, output: Any) -> None:
-        # Reentrant checkpointing runs backward passes inside of the backward pass: this one is surely the outer one.
-        if torch.is_grad_enabled():
-            for tensor in tensors_in(output):
-                if tensor.grad_fn is not None:
-                    tensor.register_hook(lambda gradient: schedule.begin_backward())
-
-    # The first of all: it clears what the units' own hooks then set.
-    model.register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True)
-    model.register_forward_hook(after_forward)
-
-    def before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        if any(not group.is_whole for group in groups if group.is_sharded):
-            raise RuntimeError(
-                "the weights are sharded: call state_dict() inside `with megalith.engine.gathered(model):`, "
-                "or use save_checkpoint or save_pretrained"
-            )
-        schedule.wait_all()
-
-    def before_load_state_dict(*_: Any) -> None:
-        raise RuntimeError(
-            "the weights are stored in chunks: load with load_checkpoint, with initialize(pretrained=...), "
-            "or into the model before initialize()"
-        )
-
-    for module in model.modules():
-        module.register_state_dict_pre_hook(before_state_dict)
-        module.register_load_state_dict_pre_hook(before_load_state_dict)
-
-
-def _cast_floats(value: Any, dtype: torch.dtype) -> Any:
-    """Floating-point tensors in tuples, lists and dicts, as `dtype`."""
-    if isinstance(value, torch.Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if type(value) in (tuple, list):
-        return type(value)(_cast_floats(item, dtype) for item in value)
-    if type(value) is dict:
-        return {key: _cast_floats(item, dtype) for key, item in value.items()}
-    return value
 
 
 def _close(lanes: Lanes, store: NvmeStore | None, ledger: Ledger) -> None:
