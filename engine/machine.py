@@ -26,7 +26,9 @@ def read_machine(device: torch.device, group: RankGroup) -> Machine:
     ranks_here = max(int(os.environ.get("LOCAL_WORLD_SIZE", group.world_size)), 1)
     on_gpu = device.type == "cuda"
     host_bytes = host_available_bytes() / ranks_here
-    device_bytes = GpuMeter(device).room_bytes() if on_gpu else host_bytes
+    device_bytes = host_bytes
+    if on_gpu:
+        device_bytes = GpuMeter(device).room_bytes() - torch.cuda.memory_allocated(device)
     rooms = group.gather_objects((int(device_bytes), int(host_bytes * (0.9 if on_gpu else 0.5))))
     device_bytes, host_bytes = min(device for device, _ in rooms), min(host for _, host in rooms)
     return Machine(on_gpu, int(device_bytes * (0.6 if on_gpu else 0.3)), host_bytes, device_bytes if on_gpu else None)
@@ -34,7 +36,7 @@ def read_machine(device: torch.device, group: RankGroup) -> Machine:
 
 class GpuMeter:
     """A `Meter` of torch's caching allocator. It resets no statistic, which are the user's: a peak is of this moment
-    where it is above all that there were before, and else below the earlier ones."""
+    where it is above all that there were before, or where somebody has reset it; else it is below the earlier ones."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -45,7 +47,7 @@ class GpuMeter:
         """The engines' part of a peak is not known, but what they had before or have now: the less counts."""
         peak, least = self._peak(), min(self._stored_bytes, stored_bytes)
         other = torch.cuda.memory_allocated(self._device) - stored_bytes
-        if peak > self._peak_bytes:
+        if peak != self._peak_bytes:
             other = max(other, peak - least)
         self._stored_bytes, self._peak_bytes = stored_bytes, peak
         return max(other, 0)
@@ -60,8 +62,8 @@ class GpuMeter:
 
     def take_overshoot(self) -> int:
         peak = self._peak()
-        has_grown, self._peak_bytes = peak > self._peak_bytes, peak
-        return max(peak - self.room_bytes(), 0) if has_grown else 0
+        is_new, self._peak_bytes = peak != self._peak_bytes, peak
+        return max(peak - self.room_bytes(), 0) if is_new else 0
 
     def _peak(self) -> int:
         return torch.cuda.max_memory_allocated(self._device)

@@ -103,7 +103,7 @@ def test_offloaded_activations_change_no_bit_and_lower_the_peak(reentrant):
 
 
 def train_auto(precision, **options):
-    """The model, its final weights, and the peak of each step, of a model that is larger than its budget."""
+    """The model, its final weights, the peak of each step, and the most that the engine stored in them."""
     torch.manual_seed(0)
     with torch.device("meta"):
         model = make_model("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=8)
@@ -117,35 +117,33 @@ def train_auto(precision, **options):
         optimizer.step()
         optimizer.zero_grad()
         peaks.append(torch.cuda.max_memory_allocated())
+    stored = engine.memory_report(model)["device"]["total"]["peak_bytes"]
     with engine.gathered(model):
-        return model, [parameter.clone() for parameter in model.parameters()], peaks
+        return model, [parameter.clone() for parameter in model.parameters()], peaks, stored
 
 
 @pytest.mark.parametrize("on_drive", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_spare_memory_takes_optimizer_shards_within_the_budget_and_changes_no_bit(precision, on_drive, tmp_path):
-    plain, expected, _ = train_auto(precision)
-    whole = engine.memory_report(plain)["device"]["total"]["peak_bytes"]
-    del plain
+    _, expected, _, whole = train_auto(precision)
     options = {"nvme_dir": str(tmp_path), "nvme_ring": "12MB", "host_budget": "140MB"} if on_drive else {}
     promoted = 0
     for share in (0.5, 0.7, 0.9):
         budget = int(whole * share)
-        model, weights, peaks = train_auto(precision, placement="auto", device_budget=budget, **options)
+        model, weights, peaks, stored = train_auto(precision, placement="auto", device_budget=budget, **options)
         promoted += engine_of(model).migration.promotion.chunks
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(weights, expected, strict=True))
-        assert engine.memory_report(model)["device"]["total"]["peak_bytes"] <= budget
-        assert peaks[3:] == peaks[3:4] * len(peaks[3:])
+        assert stored <= budget
+        assert peaks[4:] == pytest.approx(peaks[3:-1], rel=0.01)
     assert promoted > 0
 
 
 def test_without_a_budget_the_card_is_used_up_to_what_activations_and_the_margin_leave(monkeypatch):
-    plain, expected, peaks = train_auto("bf16")
-    del plain
+    _, expected, peaks, _ = train_auto("bf16")
     for part in (0.6, 2.0):
         room = int(max(peaks) * part)
         monkeypatch.setattr(machine.GpuMeter, "room_bytes", lambda self, room=room: room)
-        model, weights, ours = train_auto("bf16", placement="auto")
+        model, weights, ours, _ = train_auto("bf16", placement="auto")
         promotion = engine_of(model).migration.promotion if part < 1 else None
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(weights, expected, strict=True))
         assert promotion is None or promotion.chunks > 0

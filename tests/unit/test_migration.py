@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from megalith.engine import budgets, planner, shard
 from megalith.engine.chunk import Chunk
 from megalith.engine.lanes import random_delay
+from megalith.engine.machine import GpuMeter
 from megalith.engine.migration import Candidate, choose_demotions, choose_promotions
 from megalith.engine.nvme import NvmeStore
 from megalith.engine.shard import engine_of
@@ -323,6 +324,29 @@ def test_without_a_budget_the_room_is_what_the_card_has_beside_all_else(micro_st
         train_steps(model, optimizer, [micro_steps])
         assert differing(state_of(model), state_of(expected)) == []
     assert promoted[0].chunks == promoted[0].of_chunks > promoted[1].chunks > 0
+
+
+def test_the_meter_of_a_gpu_takes_peaks_for_what_they_are(monkeypatch):
+    now = {"allocated": 10, "peak": 12, "reserved": 15, "max_reserved": 16}
+    for name, key in (
+        ("memory_allocated", "allocated"),
+        ("max_memory_allocated", "peak"),
+        ("memory_reserved", "reserved"),
+        ("max_memory_reserved", "max_reserved"),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda device, key=key: now[key])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50, 100))
+    meter = GpuMeter(torch.device("cuda"))
+    assert meter.room_bytes() == 50 + 15 - 5, "a twentieth is kept back"
+    assert meter.take_other_bytes(4) == 6, "below a peak of earlier: what there is now"
+    now.update(allocated=11, peak=30)
+    assert meter.take_other_bytes(6) == 26, "of the peak, the engine had 4 at least"
+    assert meter.take_other_bytes(6) == 5
+    now.update(allocated=9, peak=20)  # by the user, who resets it
+    assert meter.take_other_bytes(6) == 14
+    now.update(peak=70, max_reserved=85)
+    assert meter.room_bytes() == 50 + 15 - 15
+    assert (meter.take_overshoot(), meter.take_overshoot()) == (20, 0)
 
 
 def test_room_stays_for_gathered_weights_and_what_is_computed_with_them(monkeypatch):
