@@ -89,7 +89,8 @@ def _fill(chosen: list[Candidate], candidates: Sequence[Candidate], excess: np.n
 
 def moved_bytes(spec: ChunkSpec, placement: ChunkPlacement, config: EngineConfig, micro_steps: int) -> int:
     """What a step moves of a chunk over the link and to and from the drive, each payload counted where it is at rest.
-    The host's own reads and writes are no moves."""
+    The host's own reads and writes are no moves. What the device updates (updater_choice.py) moves its state too, which
+    is not counted: which chunks that are depends on all others."""
     payloads = placement.payload_bytes(spec)
     weight_bytes = placement.owned_numel * spec.dtype.itemsize
     fetched = 2 * micro_steps * weight_bytes if placement.weight_tier is not Tier.DEVICE else 0
@@ -114,7 +115,7 @@ class Promotion:
     device_bytes: int
     """That they take there, gradients not counted."""
     saved_bytes: int
-    """What a step moves less."""
+    """What a step moves less, at least."""
 
 
 class Migration:

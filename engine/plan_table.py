@@ -23,7 +23,7 @@ def forecast_lines(forecast: Forecast) -> list[str]:
         lines.append(
             f"after the second step, spare device memory takes weights and state of {moved.chunks} of the "
             f"{moved.of_chunks} chunks that are off it: {moved.device_bytes / 1e6:,.1f} MB, "
-            f"{moved.saved_bytes / 1e6:,.1f} MB less moved a step"
+            f"at least {moved.saved_bytes / 1e6:,.1f} MB less moved a step"
         )
     if forecast.step_s is None:
         return lines
