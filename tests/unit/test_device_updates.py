@@ -1,6 +1,7 @@
 """Adam of what lies on the host, done by the device piece by piece: the host's bits, whoever does which chunk."""
 
 import threading
+import time
 
 import megalith.engine as engine
 import pytest
@@ -118,14 +119,15 @@ def test_parameters_without_a_gradient_and_chunks_on_a_drive(tmp_path):
 
 
 class Gate:
-    """A lane delay that holds what the device has updated back on its way to the host."""
+    """A lane delay that holds one lane back until it is opened."""
 
-    def __init__(self):
+    def __init__(self, lane):
+        self._thread_name = f"megalith-{lane}"
         self.opened = threading.Event()
         self.opened.set()
 
     def __call__(self):
-        if threading.current_thread().name == "megalith-states out":
+        if threading.current_thread().name == self._thread_name:
             assert self.opened.wait(30)
         return 0.0
 
@@ -133,7 +135,7 @@ class Gate:
 @pytest.mark.parametrize("reader", READERS)
 def test_every_reader_sees_what_has_come_back_to_the_host(reader, tmp_path):
     expected, reference = initialized(llama, max_chunk_numel=3000)
-    gate = Gate()
+    gate = Gate("states out")
     model, optimizer = initialized(llama, placement="host", max_chunk_numel=3000, rates=ALL_DEVICE, lane_delay=gate)
     fit(expected, reference, language_loss, 2)
     fit(model, optimizer, language_loss, 1)
@@ -150,6 +152,28 @@ def test_every_reader_sees_what_has_come_back_to_the_host(reader, tmp_path):
         assert torch.equal(seen, wanted)
     else:
         assert differing(seen, wanted) == []
+
+
+def test_a_gradient_is_kept_until_the_device_has_read_it():
+    gate = Gate("states in")
+    model, optimizer = initialized(
+        llama, placement="host", precision="bf16", max_chunk_numel=3000, rates=ALL_DEVICE, lane_delay=gate
+    )
+
+    def kept_bytes():
+        return engine.memory_report(model)["host"]["gradient"]["bytes"]
+
+    at_rest = kept_bytes()
+    gate.opened.clear()
+    for step in range(3):  # whose sum is in float32, in memory of its own
+        optimizer.backward(language_loss(model, step))
+    optimizer.step()
+    time.sleep(0.05)
+    assert kept_bytes() == at_rest + 4 * sum(chunk.placement.owned_numel for chunk in engine_of(model).chunks)
+    gate.opened.set()
+    for chunk in engine_of(model).chunks:
+        chunk.settle()
+    assert kept_bytes() == at_rest
 
 
 def failing(name):
@@ -202,6 +226,7 @@ def test_memory_and_traffic_are_those_of_the_plan_to_the_byte(options, speeds):
     moved = work_of(model) - before
     for work in (Work.LINK_IN, Work.LINK_OUT, Work.DEVICE_ADAM, Work.HOST_ADAM):
         assert plan.forecast.work.get(work, 0) == moved[work], work
+    assert before[Work.DEVICE_ADAM] == (STEPS - 1) * moved[Work.DEVICE_ADAM], "every step chooses anew, and the same"
     report = engine.memory_report(model)
     if not options.get("update_in_backward"):  # where lanes tell when a gradient is released
         assert_same_memory(plan.forecast.memory, report)

@@ -7,12 +7,20 @@ from dataclasses import replace
 import pytest
 import torch
 from megalith.engine import EngineConfig, Precision, Rates, StatePrecision, Tier, measure_rates
+from megalith.engine.budgets import Machine, plan_storage
 from megalith.engine.collectives import RankGroup
 from megalith.engine.layout import ParamSpec, pack
 from megalith.engine.placement import place_chunks
 from megalith.engine.rates import UpdateRates, agreed_update_rates
 from megalith.engine.streaming_sizes import DEVICE_PIECE_NUMEL, DEVICE_SLOTS, NO_RING
-from megalith.engine.updater_choice import Balance, UpdateCost, choose_updaters, device_ring, update_cost
+from megalith.engine.updater_choice import (
+    Balance,
+    UpdateCost,
+    choose_updaters,
+    device_ring,
+    planned_updaters,
+    update_cost,
+)
 
 CPU = torch.device("cpu")
 RATES = UpdateRates(host_adam_numel=1e9, device_adam_numel=1e12, link_in_bytes=4e10, link_out_bytes=2e10)
@@ -128,6 +136,20 @@ def test_the_ring_is_a_small_share_of_a_budget_and_has_what_it_needs():
     assert ring(budget=10**6) == ring(state=Tier.DEVICE) == ring(state=Tier.NVME) == NO_RING
     assert "weight" not in ring(weight=Tier.DEVICE).itemsizes and "weight" in whole.itemsizes
     assert "gradient" not in ring(gradient=Tier.DEVICE).itemsizes and "gradient" in whole.itemsizes
+
+
+def test_a_plan_chooses_in_the_order_in_which_a_run_updates():
+    rates = UpdateRates(host_adam_numel=1e9, device_adam_numel=1e12, link_in_bytes=15e9, link_out_bytes=15e9)
+    specs = [
+        (f"block{i}", [ParamSpec(f"w{i}", (size,), torch.float32, True, 0)]) for i, size in enumerate((64, 64, 256))
+    ]
+    layout, config = pack(specs, 1, 2**20, 1), EngineConfig(placement="host")
+    plan = plan_storage(layout, config, 0, 1, Machine(False, 10**9, 10**9, rates=rates))
+    assert planned_updaters(plan, rates, False, in_backward=False) == {Tier.HOST: 2, Tier.DEVICE: 1}
+    assert planned_updaters(plan, rates, False, in_backward=True) == {Tier.HOST: 1, Tier.DEVICE: 2}
+    assert planned_updaters(plan, None, False, in_backward=False) == {Tier.HOST: 3, Tier.DEVICE: 0}
+    without = plan_storage(layout, config, 0, 1, Machine(False, 10**9, 10**9))
+    assert planned_updaters(without, rates, False, in_backward=False) == {Tier.HOST: 3, Tier.DEVICE: 0}
 
 
 class Ranks(RankGroup):
