@@ -22,7 +22,7 @@ from ..kernels import (
 )
 from .config import Precision, StatePrecision
 from .disk_tensor import DiskTensor, in_memory
-from .lanes import Event, Lane
+from .lanes import Lane, UpdateEvent
 from .layout import ChunkSpec, Slot
 from .placement import ChunkPlacement, disk_name
 from .staging import Staging, alias
@@ -122,7 +122,7 @@ class Chunk:
         """Of weight and state at rest: what was read of an older one is void."""
         self.rest_grad: torch.Tensor | DiskTensor | None = None
         """Where gradients wait for the step, off the device."""
-        self.pending: Event | None = None
+        self.pending: UpdateEvent | None = None
         """An update that `step()` has published: until then, weight and state at rest are those of the step before."""
         if spec.trainable:
             self._allocate_state()
@@ -136,11 +136,12 @@ class Chunk:
             self.pending = None
 
     def follow_update(self) -> None:
-        """Order the caller's work on the device after the update that is pending: before it reads the weights."""
+        """Order the caller's work on the device after the update that is pending: before it reads the weights. A drive
+        may still be taking them from `full` then."""
         if self.pending is not None:
-            self.pending.wait()
+            self.pending.wait_for_values()
             if self.pending.done():
-                self.pending = None
+                self.settle()
 
     def _allocate_state(self) -> None:
         tier = self.placement.optimizer_tier

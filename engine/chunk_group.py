@@ -6,8 +6,9 @@ import torch
 
 from .chunk import Chunk, ShardState
 from .collectives import RankGroup, all_gather_
+from .disk_tensor import DiskTensor
 from .gradients import ChunkGradient, GradientTraffic
-from .lanes import Event, Lane
+from .lanes import Event, Lane, UpdateEvent
 from .staging import Staging
 from .tiers import Tier, Work
 
@@ -103,15 +104,14 @@ class ChunkGroup:
         copied = None
         if offloaded:
             updates = _updates(offloaded)
-            copied = self._copy_lane.submit(lambda: _copy_in(offloaded, updates, self._staging), label)
-        from_device = [chunk for chunk in stale if chunk.placement.weight_tier is Tier.DEVICE]
-        device_updates = _updates(from_device)
+            copied = self._copy_lane.submit(lambda: _copy_in(updates, self._staging), label)
+        device_updates = _updates([chunk for chunk in stale if chunk.placement.weight_tier is Tier.DEVICE])
 
         def work() -> None:
             with torch.profiler.record_function(f"megalith::{label}"):
                 if copied is not None:
                     copied.wait()
-                _copy_in(from_device, device_updates, self._staging)
+                _copy_in(device_updates, self._staging)
                 for chunk in stale:
                     if self._shares(chunk):
                         all_gather_(chunk.full.data, self._group, chunk.index)
@@ -131,6 +131,8 @@ class ChunkGroup:
             raise RuntimeError(f"group {self.name} cannot be resharded: its weights are in use")
         self.wait()  # a transfer that nobody used may still be writing
         for chunk in self.chunks:
+            if chunk.is_updated_in_place:
+                chunk.settle()  # the drive takes the weights from `full`
             if chunk.placement.sharded and chunk.state is ShardState.UNSHARDED:
                 chunk.free_full()
         self._stale = [chunk for chunk in self.chunks if chunk.placement.sharded]
@@ -170,12 +172,14 @@ class ChunkGroup:
         return self._group.is_distributed and chunk.placement.owned_numel < chunk.spec.numel
 
 
-def _updates(chunks: list[Chunk]) -> list[Event]:
-    return [chunk.pending for chunk in chunks if chunk.pending is not None]
+def _updates(chunks: list[Chunk]) -> list[tuple[Chunk, UpdateEvent | None]]:
+    """With the update that each is to be read after: a later one must not be waited for."""
+    return [(chunk, chunk.pending) for chunk in chunks]
 
 
-def _copy_in(chunks: list[Chunk], updates: list[Event], staging: Staging) -> None:
-    for update in updates:
-        update.wait()
-    for chunk in chunks:
+def _copy_in(chunks: list[tuple[Chunk, UpdateEvent | None]], staging: Staging) -> None:
+    for chunk, update in chunks:
+        if update is not None:
+            # What is at rest on the drive is read from there, when it has all been written.
+            (update.wait if isinstance(chunk.weight, DiskTensor) else update.wait_for_values)()
         chunk.copy_weight_in(staging)

@@ -190,7 +190,7 @@ class ChunkGradient:
 
         def work() -> None:
             if update is not None:
-                update.wait()
+                update.wait_for_values()
             with torch.profiler.record_function(f"megalith::reduce {self.chunk.name}"):
                 exchange()
                 if value is not part and part is not None:

@@ -210,25 +210,33 @@ class DoneEvent:
         return True
 
 
-class JoinedEvent:
-    """Of work that ends on other lanes, or on a drive, after it has left its own."""
+class UpdateEvent:
+    """Of an update that ends on other lanes, or on a drive, after it has left its own."""
 
-    def __init__(self, left: Event, ends: Sequence[Event]) -> None:
+    def __init__(self, left: Event, copies: Sequence[Event], writes: Sequence[Event]) -> None:
+        """`copies` on other lanes and `writes` to a drive are filled by the update."""
         self._left = left
-        self._ends = ends  # filled by the work
+        self._copies = copies
+        self._writes = writes
+
+    def wait_for_values(self) -> None:
+        """As `wait`, but that the drive may still be taking what memory has."""
+        self._left.wait()
+        for copy in self._copies:
+            copy.wait()
 
     def wait(self) -> None:
-        self._left.wait()
-        for end in self._ends:
-            end.wait()
+        self.wait_for_values()
+        for write in self._writes:
+            write.wait()
 
     def synchronize(self) -> None:
         self._left.synchronize()
-        for end in self._ends:
+        for end in (*self._copies, *self._writes):
             end.synchronize()
 
     def done(self) -> bool:
-        return self._left.done() and all(end.done() for end in self._ends)
+        return self._left.done() and all(end.done() for end in (*self._copies, *self._writes))
 
 
 class InlineLane:

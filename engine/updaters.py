@@ -4,7 +4,7 @@ processor on one lane, the device on another, side by side."""
 from collections.abc import Callable, Sequence
 
 from .device_updates import DeviceUpdates
-from .lanes import JoinedEvent, Lane
+from .lanes import Lane, UpdateEvent
 from .rates import UpdateRates
 from .streaming import Source, UpdateStream
 from .tiers import Tier
@@ -46,17 +46,17 @@ class Updaters:
 
     def submit(self, update: ChunkUpdate, coming: Sequence[Source], release: Callable[[], None]) -> None:
         """`coming` are read ahead, `release` is called when the gradient has been read."""
-        stream, device, ends = self._stream, self._device, []
+        stream, device, copies, writes = self._stream, self._device, [], []
 
         def on_host() -> None:  # neither knows `self`, which is the model's
             if update.is_streamed:
-                ends.extend(stream.execute(update, coming))
+                writes.extend(stream.execute(update, coming))
             else:
                 execute(update)
             release()
 
         def on_device() -> None:
-            ends.append(device.execute(update))
+            copies.append(device.execute(update))
             release()
 
         chunk = update.chunk
@@ -64,7 +64,7 @@ class Updaters:
         # Without runs, nothing in this rank's part of the chunk has changed.
         by_device = update.runs and self._balance.give(_cost(update)) is Tier.DEVICE
         lane, work = (self._device_lane, on_device) if by_device else (self._host_lane, on_host)
-        chunk.pending = JoinedEvent(lane.submit(work, f"update {chunk.name}"), ends)
+        chunk.pending = UpdateEvent(lane.submit(work, f"update {chunk.name}"), copies, writes)
 
     def read_ahead(self, coming: Sequence[Source]) -> None:
         """With nothing to update for a while."""

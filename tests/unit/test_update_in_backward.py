@@ -4,7 +4,7 @@ import megalith.engine as engine
 import pytest
 import torch
 from against_torch import differing, fit, initialized, state_of
-from megalith.engine.lanes import random_delay
+from megalith.engine.lanes import DoneEvent, UpdateEvent, random_delay
 from megalith.engine.shard import engine_of
 from test_any_model import Blocks, Skipping, X, square
 from test_nvme_placement import four_blocks, language_loss, llama, on_drive
@@ -167,3 +167,28 @@ def test_updates_end_before_the_step_where_the_lane_is_fast_enough():
     optimizer.step()
     assert differing(state_of(model), before) == []
     assert torch.isfinite(torch.tensor(optimizer.grad_norm))
+
+
+def test_weights_are_used_while_a_drive_takes_them_and_not_freed(tmp_path):
+    class Write:
+        is_done = False
+
+        def done(self):
+            return self.is_done
+
+        def synchronize(self):
+            self.is_done = True
+
+        wait = synchronize
+
+    options = on_drive(tmp_path, nvme_checksums=False, update_in_backward=True, max_grad_norm=None)
+    model, optimizer = initialized(four_blocks, **options)
+    fit(model, optimizer, language_loss, 2)
+    group = next(each for each in engine_of(model).groups if each.is_updated_in_place and each.is_whole)
+    [chunk], write = group.chunks, Write()
+    chunk.settle()
+    chunk.pending = UpdateEvent(DoneEvent(), [], [write])
+    group.wait()
+    assert group.is_updating and not write.is_done
+    group.reshard()
+    assert write.is_done and not group.is_updating
