@@ -47,14 +47,13 @@ def main():
     step = BUILDERS[options.peer](model, options, device)
     losses = [step(tokens).detach() for _ in range(options.warmup)]
     barrier(device)
-    store = drive_of(model, options)
-    moved_bytes = store.bytes_read + store.bytes_written if store else 0
+    moved_before = moved_bytes(model, options)
     busy_s, cpu_s, start_s = machine_busy_s(), time.process_time(), time.perf_counter()
     losses += [step(tokens).detach() for _ in range(options.steps)]
     barrier(device)
     wall_s = time.perf_counter() - start_s
     busy_s, cpu_s = machine_busy_s() - busy_s, time.process_time() - cpu_s
-    moved_bytes = (store.bytes_read + store.bytes_written - moved_bytes) / options.steps if store else 0
+    moved = {way: (nbytes - moved_before[way]) / options.steps for way, nbytes in moved_bytes(model, options).items()}
 
     mine = {
         "losses": [float(loss) for loss in losses],
@@ -80,10 +79,13 @@ def main():
         }
         if options.peer == "beside_plain":
             metrics |= step.metrics(options.steps, tokens.numel())
-        if store:
-            metrics["drive_bytes"] = moved_bytes
-            metrics["drive_floor_s"] = moved_bytes / drive_bytes_per_s(options.nvme_dir)
+        if "drive" in moved:
+            metrics["drive_bytes"] = moved["drive"]
+            metrics["drive_floor_s"] = moved["drive"] / drive_bytes_per_s(options.nvme_dir)
             metrics["drive_use_share"] = metrics["drive_floor_s"] / metrics["step_s"]
+        elif moved:
+            metrics["link_bytes"] = sum(moved.values())
+            metrics["link_floor_s"] = link_floor_s(moved, options)
         if device.type == "cuda":
             metrics["peak_cuda_bytes"] = max(r["peak_cuda_bytes"] for r in ranks)
             if options.peer == "megalith" and options.placement == "host":
@@ -218,13 +220,27 @@ class BesidePlain:
         return {"tokens_per_s": numel / own_s, "step_s": own_s, "speed_beside_plain": plain_s / own_s}
 
 
-def drive_of(model, options):
-    """The store of the engine's drive, which counts what is moved, or None."""
-    if options.peer != "megalith" or options.placement != "nvme":
-        return None
+def moved_bytes(model, options):
+    """What the engine has moved so far between device and host, or to and from the drive; {} where it moves nothing."""
+    if options.peer != "megalith" or options.placement == "device":
+        return {}
+    from megalith.engine import Work
     from megalith.engine.shard import engine_of
 
-    return engine_of(model).chunks[0].weight.store
+    engine = engine_of(model)
+    if options.placement == "host":
+        return {"in": engine.ledger.work[Work.LINK_IN], "out": engine.ledger.work[Work.LINK_OUT]}
+    store = engine.chunks[0].weight.store
+    return {"drive": store.bytes_read + store.bytes_written}
+
+
+def link_floor_s(moved, options):
+    """At the rates of large copies: a link goes both ways at once, a CPU's memory does not."""
+    from megalith.engine import measure_rates
+
+    rates = measure_rates(options.device, options.precision)
+    seconds = moved["in"] / rates.link_in_bytes, moved["out"] / rates.link_out_bytes
+    return sum(seconds) if rates.host_computes else max(seconds)
 
 
 def updated_by_device(model):

