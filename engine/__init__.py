@@ -10,7 +10,7 @@ from .persistence import load_checkpoint, save_checkpoint, save_pretrained, whol
 from .planner import Plan, plan
 from .rates import Rates, measure_rates
 from .rehearsal import Forecast
-from .shard import gathered, initialize, memory_report
+from .shard import gathered, initialize, is_gathered, memory_report
 from .tiers import OutOfBudgetError, Tier, Work
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "ZeroOptimizer",
     "gathered",
     "initialize",
+    "is_gathered",
     "load_checkpoint",
     "measure_rates",
     "memory_report",

@@ -259,6 +259,11 @@ def gathered(model: nn.Module) -> Iterator[nn.Module]:
         schedule.release(schedule.groups, token)
 
 
+def is_gathered(model: nn.Module) -> bool:
+    """Whether a `gathered` context holds all weights, which then stay where they are until it ends."""
+    return all(group.is_held for group in engine_of(model).groups)
+
+
 def memory_report(model: nn.Module) -> dict[str, dict[str, dict[str, int]]]:
     """{tier: {payload: {"bytes", "peak_bytes"}}} on this rank, with each tier's "total"."""
     return engine_of(model).ledger.report()

@@ -22,7 +22,8 @@ Forward = Callable[[torch.Tensor, KVCache, torch.Tensor | None, torch.Tensor], t
 
 
 def can_record(model: nn.Module, device: torch.device) -> bool:
-    """Whether steps of `model` can be replayed: on a GPU, of a known kind, its weights where they are for good.
+    """Whether steps of `model` can be replayed: on a GPU, of a known kind, its weights where they are for good,
+    or until a `gathered` context ends, inside of which all steps then are.
 
     BLOOM's attention is none: transformers makes its mask from a number on the host, which no graph can capture."""
     if device.type != "cuda" or model.config.get_text_config(decoder=True).model_type not in GRAPHED:
@@ -30,10 +31,9 @@ def can_record(model: nn.Module, device: torch.device) -> bool:
     if model.config.get_text_config(decoder=True)._attn_implementation == "eager":
         return False
     try:
-        engine.memory_report(model)
+        return engine.is_gathered(model)  # else the engine moves its weights
     except ValueError:
         return True
-    return False  # the engine moves its weights
 
 
 class StaticStep:

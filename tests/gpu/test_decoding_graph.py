@@ -61,3 +61,24 @@ def test_offloaded_weights_are_streamed_within_their_budget():
     assert not decoding.can_record(model, torch.device("cuda"))
     assert [answer.tokens for answer in generate(model, prompts, greedy_options())] == expected
     assert engine.memory_report(model)["device"]["total"]["peak_bytes"] <= weight_bytes // 2
+
+
+def test_steps_are_replayed_while_weights_are_gathered(monkeypatch):
+    """Their addresses are others in the next context."""
+    plain = lively_model("llama", hidden_size=256, num_hidden_layers=4).cuda()
+    prompts = make_prompts(*PROMPTS)
+    expected = [answer.tokens for answer in generate(plain, prompts, greedy_options(), batch_size=4)]
+    model = lively_model("llama", hidden_size=256, num_hidden_layers=4).requires_grad_(False)
+    model, _ = engine.initialize(model, None, placement="host")
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1) or replay(graph))
+    for _ in range(2):
+        blocker = torch.empty(2**20, device="cuda")
+        with engine.gathered(model):
+            answers = generate(model, prompts, greedy_options(), batch_size=4)
+        assert [answer.tokens for answer in answers] == expected and replays
+        replays.clear()
+        del blocker
+    assert [answer.tokens for answer in generate(model, prompts, greedy_options(), batch_size=4)] == expected
+    assert not replays

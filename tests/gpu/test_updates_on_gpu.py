@@ -128,6 +128,6 @@ def test_memory_is_what_the_plan_says_with_the_ring_and_flat():
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[3:] == pytest.approx(peaks[3:4] * 3, rel=1e-4)
     report = engine.memory_report(model)
-    for tier, nbytes in plan.peak_bytes.items():
-        assert report[tier.value]["total"]["peak_bytes"] == pytest.approx(nbytes, rel=0.05)
+    for tier, nbytes in plan.peak_bytes.items():  # without a step, bounds
+        assert 0.8 * nbytes < report[tier.value]["total"]["peak_bytes"] <= 1.05 * nbytes
     assert Tier.DEVICE in plan.bytes_at_rest

@@ -450,7 +450,9 @@ def test_reentrant_checkpointing_with_a_frozen_head_is_one_backward_pass_in_fp16
 
 def test_nested_gathered_keeps_the_weights_of_the_outer_one():
     model, _ = initialized(Blocks, placement="host")
+    assert not engine.is_gathered(model)
     with engine.gathered(model):
+        assert engine.is_gathered(model)
         with engine.gathered(model):
             pass
         assert all(parameter.untyped_storage().nbytes() > 0 for parameter in model.parameters())
