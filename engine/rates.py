@@ -238,7 +238,7 @@ def _copy_bytes(trial: _Trial) -> tuple[float, float]:
 def _adam_numel(trial: _Trial, device: torch.device, precision: Precision, state_precision: StatePrecision) -> float:
     numel = 2**25 if device.type == "cuda" else 2**22
     if device.type != trial.device.type:  # a GPU's host, whose caches may hold hundreds of MB
-        numel = 2**26
+        numel = 2**25
     weight, grad = (torch.ones(numel, dtype=precision.dtype, device=device) for _ in range(2))
     dtypes = dict.fromkeys(CODE_DTYPES, torch.float32)
     rest = {}

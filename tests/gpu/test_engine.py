@@ -146,12 +146,13 @@ def test_without_a_budget_the_card_is_used_up_to_what_activations_and_the_margin
     needed = -torch.cuda.memory_allocated()
     _, expected, peaks, _ = train_auto("bf16")
     needed += max(peaks)
-    for part in (0.8, 2.0):
+    promoted = 0
+    for part in (0.7, 0.8, 0.9, 2.0):
         gc.collect()
         room = torch.cuda.memory_allocated() + int(needed * part)
         monkeypatch.setattr(machine.GpuMeter, "room_bytes", lambda self, room=room: room)
         model, weights, ours, _ = train_auto("bf16", placement="auto")
-        promotion = engine_of(model).migration.promotion if part < 1 else None
+        promoted += engine_of(model).migration.promotion.chunks if part < 1 else 0
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(weights, expected, strict=True))
-        assert promotion is None or promotion.chunks > 0
         assert max(ours[2:]) <= room
+    assert promoted > 0
