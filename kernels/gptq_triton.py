@@ -26,8 +26,9 @@ from torch import Tensor
 from .gptq_weight import GptqWeight
 
 WORD_ROWS = 16  # of a block: what the tensor cores take at once
-# Rows of x up to which tiles are dequantised on the way; for more, the weight is dequantised first. An estimate.
-FUSED_ROWS = 64
+# Rows of x up to which tiles are dequantised on the way; for more, the weight is dequantised first. On an H200, 32 rows
+# of 4096 x 11008 take 34 us against 68, and 64 rows 92 against 69.
+FUSED_ROWS = 32
 SCRATCH_BYTES = 64 << 20  # of dequantised weight at a time
 PROGRAMS = 768  # as many as keep a GPU of some 130 multiprocessors full
 DEQUANTIZE_ROWS, DEQUANTIZE_COLUMNS = 32, 128
@@ -232,7 +233,7 @@ def configuration(rows: int, columns: int) -> tuple[int, int, int, int]:
 
 
 def fused_matmul(x: Tensor, weight: GptqWeight) -> Tensor:
-    """`matmul` for float16 or bfloat16 rows, at least one and at most FUSED_ROWS, and a weight that is fusible."""
+    """`matmul` for float16 or bfloat16 rows, at least one and at most 64, and a weight that is fusible."""
     rows, columns = len(x), weight.out_features
     fields = 32 // weight.bits
     blocks = triton.cdiv(weight.in_features, WORD_ROWS * fields)
