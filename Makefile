@@ -33,10 +33,15 @@ bench: install
 gpu:
 	$(BIN)/python -m pytest tests/gpu
 	$(BIN)/python -m pytest tests/speed --benchmark-only
-	$(BIN)/python -m megalith.bench.step --device cuda
-	$(BIN)/python -m megalith.bench.kernels --device cuda --models 7b 13b 70b --json bench/results/kernels_cuda.json
-	$(BIN)/python -m megalith.bench.inference --device cuda --model llama-7b --precision bf16 --json bench/results/inference_cuda.json
-	$(BIN)/python -m megalith.bench.capacity --device cuda --nvme_dir $${NVME_DIR:-.} --json bench/results/capacity_cuda.json
+	$(BIN)/python -m megalith.bench.step --device cuda --model llama-1b --precision bf16 --batch_size 8 --seq_len 2048 \
+		--json bench/results/step-cuda.json
+	$(BIN)/python -m megalith.bench.ppo --model s --strategy torch gemini_cpu --experience_batch_size 1 --train_batch_size 1 \
+		--json bench/results/ppo-cuda.json
+	$(BIN)/python -m megalith.bench.ppo --model s --strategy torch gemini_cpu --experience_batch_size 1 --train_batch_size 1 \
+		--precision fp32 --json bench/results/ppo-fp32-cuda.json
+	$(BIN)/python -m megalith.bench.kernels --device cuda --models 7b 13b 70b --json bench/results/kernels-cuda.json
+	$(BIN)/python -m megalith.bench.inference --device cuda --model llama-7b --precision bf16 --json bench/results/inference-cuda.json
+	$(BIN)/python -m megalith.bench.capacity --device cuda --nvme_dir $${NVME_DIR:-.} --json bench/results/capacity-cuda.json
 
 clean:
 	rm -rf $(VENV) build *.egg-info kernels/*.so demo_out runs
