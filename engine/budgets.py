@@ -206,9 +206,13 @@ waits for the oldest."""
 def device_peak(plan: StoragePlan, config: EngineConfig, working_bytes: int) -> int:
     """The most that is stored on the device at once when weights are freed as soon as may be. Gradients are counted as
     float32 sums of micro-batches."""
-    window = gathered_window(plan.layout, plan.placements, config)
-    working = window + gradient_peak(plan.layout, plan.placements, config, 2)
-    return plan.tier_bytes(Tier.DEVICE) + max(working, working_bytes)
+    own_bytes = working_peak(plan.layout, plan.placements, config)
+    return plan.tier_bytes(Tier.DEVICE) + max(own_bytes, working_bytes)
+
+
+def working_peak(layout: Layout, placements: list[ChunkPlacement], config: EngineConfig) -> int:
+    """What the device needs at most beside what is at rest there, while an engine computes."""
+    return gathered_window(layout, placements, config) + gradient_peak(layout, placements, config, 2)
 
 
 def gathered_window(layout: Layout, placements: list[ChunkPlacement], config: EngineConfig) -> int:

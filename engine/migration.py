@@ -23,7 +23,7 @@ from .layout import ChunkSpec
 from .manager import Manager, Meter
 from .placement import ChunkPlacement
 from .schedule import Schedule
-from .tiers import Payload, Tier
+from .tiers import Tier
 
 MEASURED_STEP = 2
 
@@ -91,7 +91,6 @@ def moved_bytes(spec: ChunkSpec, placement: ChunkPlacement, config: EngineConfig
     """What a step moves of a chunk over the link and to and from the drive, each payload counted where it is at rest.
     The host's own reads and writes are no moves. What the device updates (updater_choice.py) moves its state too, which
     is not counted: which chunks that are depends on all others."""
-    payloads = placement.payload_bytes(spec)
     weight_bytes = placement.owned_numel * spec.dtype.itemsize
     fetched = 2 * micro_steps * weight_bytes if placement.weight_tier is not Tier.DEVICE else 0
     if not spec.trainable or placement.optimizer_tier is Tier.DEVICE:
@@ -102,8 +101,8 @@ def moved_bytes(spec: ChunkSpec, placement: ChunkPlacement, config: EngineConfig
     elif placement.weight_tier is Tier.NVME:
         updated = (1 if config.update_in_backward else 2) * weight_bytes
     gradient = (2 if placement.gradient_tier is Tier.NVME else 1) * weight_bytes
-    state = sum(n for (_, payload), n in payloads.items() if payload not in (Payload.WEIGHT, Payload.GRADIENT))
-    return fetched + updated + gradient + (2 * state if placement.optimizer_tier is Tier.NVME else 0)
+    state = 2 * placement.state_bytes(spec) if placement.optimizer_tier is Tier.NVME else 0
+    return fetched + updated + gradient + state
 
 
 @dataclass(frozen=True)

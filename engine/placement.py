@@ -59,6 +59,11 @@ class ChunkPlacement:
         """At rest on one tier."""
         return sum(nbytes for (where, _), nbytes in self.payload_bytes(spec).items() if where is tier)
 
+    def state_bytes(self, spec: ChunkSpec) -> int:
+        """Of the optimizer, wherever it is at rest."""
+        payloads = self.payload_bytes(spec).items()
+        return sum(nbytes for (_, payload), nbytes in payloads if payload not in (Payload.WEIGHT, Payload.GRADIENT))
+
     def is_on_device(self, spec: ChunkSpec) -> bool:
         return all(tier is Tier.DEVICE for tier, _ in self.payload_bytes(spec))
 

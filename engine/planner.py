@@ -8,7 +8,15 @@ import torch
 from torch import nn
 
 from .blocks import find_parts
-from .budgets import count_that_fit, device_peak, gathered_window, gradient_peak, group_bytes, plan_storage
+from .budgets import (
+    count_that_fit,
+    device_peak,
+    gathered_window,
+    gradient_peak,
+    group_bytes,
+    plan_storage,
+    working_peak,
+)
 from .collectives import RankGroup
 from .config import EngineConfig, StatePrecision
 from .layout import ChunkSpec, Layout, pack
@@ -204,9 +212,7 @@ def _enter(manager: Manager, storage_plan: StoragePlan, config: EngineConfig) ->
     for tier, payloads in storage_plan.at_rest().items():
         for payload, nbytes in payloads.items():
             manager.ledger.add(tier, payload, nbytes)
-    window = gathered_window(storage_plan.layout, storage_plan.placements, config)
-    working = window + gradient_peak(storage_plan.layout, storage_plan.placements, config, 2)
-    manager.bounds[len(manager.bounds)] = working
+    manager.bounds[len(manager.bounds)] = working_peak(storage_plan.layout, storage_plan.placements, config)
 
 
 def _gathered_peak(storage_plan: StoragePlan, config: EngineConfig) -> int:

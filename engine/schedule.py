@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd import Variable
 
 from .activations import ActivationOffload
-from .budgets import choose_evictions, count_that_fit, gathered_window, gradient_peak, window_length
+from .budgets import choose_evictions, count_that_fit, gradient_peak, window_length, working_peak
 from .chunk_group import ChunkGroup
 from .config import EngineConfig
 from .gradients import ChunkGradient, GradientTraffic
@@ -85,8 +85,7 @@ class Schedule:
         self._gradients_leave = any(placement.gradient_tier is not Tier.DEVICE for placement in placements)
         self._gradient_peaks = [gradient_peak(self._layout, placements, self._config, count) for count in (1, 2)]
         self._window_length = window_length(placements, self._config)
-        self._working_bytes = gathered_window(self._layout, placements, self._config) + self._gradient_peaks[1]
-        self._manager.bounds[self.number] = self._working_bytes
+        self._manager.bounds[self.number] = working_peak(self._layout, placements, self._config)
 
     @property
     def _gradient_peak(self) -> int:
@@ -309,7 +308,7 @@ class Schedule:
             budget = self._device_room if self.device_budget is None else self.device_budget
             at_rest = self._manager.ledger.device_bytes_at_rest()
             leaving = [gradient for group in self.groups for gradient in group.gradients if gradient.waiting_bytes]
-            room = budget - at_rest - max(self._working_bytes, self._manager.working_bytes)
+            room = budget - at_rest - self._manager.working_bytes
             count = count_that_fit([gradient.waiting_bytes for gradient in leaving], room)
             self._waiting = frozenset(leaving[:count])
         return self._waiting
@@ -323,8 +322,7 @@ class Schedule:
     def summing_bytes(self) -> int:
         """What the device holds at most, by bounds, where the sums of all gradients that leave wait there."""
         waiting = sum(gradient.waiting_bytes for group in self.groups for gradient in group.gradients)
-        working = max(self._working_bytes, self._manager.working_bytes)
-        return self._manager.ledger.device_bytes_at_rest() + working + waiting
+        return self._manager.ledger.device_bytes_at_rest() + self._manager.working_bytes + waiting
 
     def _reduce_next(self) -> None:
         self._next_reduce -= 1

@@ -24,9 +24,7 @@ from .layout import ChunkSpec
 from .placement import ChunkPlacement, StoragePlan
 from .rates import UpdateRates
 from .streaming_sizes import NO_RING, DeviceRing, device_ring_of, slot_itemsizes
-from .tiers import Payload, Tier
-
-_STATE = (Payload.MASTER, Payload.EXP_AVG, Payload.EXP_AVG_SQ, Payload.SCALES)
+from .tiers import Tier
 
 
 @dataclass(frozen=True)
@@ -57,9 +55,7 @@ def update_cost(placement: ChunkPlacement, spec: ChunkSpec, gradient_itemsize: i
     it is read."""
     weight_bytes = placement.owned_numel * spec.dtype.itemsize
     gradient_bytes = placement.owned_numel * gradient_itemsize
-    at_rest = placement.payload_bytes(spec)
-    both_ways = sum(at_rest.get((placement.optimizer_tier, payload), 0) for payload in _STATE)
-    both_ways += weight_bytes if placement.weight_tier is Tier.HOST else 0
+    both_ways = placement.state_bytes(spec) + (weight_bytes if placement.weight_tier is Tier.HOST else 0)
     weight_on_device = weight_bytes if placement.weight_tier is Tier.DEVICE else 0
     gradient_on_device = placement.gradient_tier is Tier.DEVICE
     host = (weight_on_device, weight_on_device + (gradient_bytes if gradient_on_device else 0))

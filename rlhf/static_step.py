@@ -16,7 +16,7 @@ from .. import engine
 from .kv_cache import KVCache
 
 # Whose forward passes never wait for the GPU in a step. Experts do: they look up which rows were sent to which.
-GRAPHED = frozenset({"gpt2", "llama", "mistral", "opt", "qwen2", "qwen3"})
+GRAPHED = frozenset({"bloom", "gpt2", "llama", "mistral", "opt", "qwen2", "qwen3"})
 
 Forward = Callable[[torch.Tensor, KVCache, torch.Tensor | None, torch.Tensor], torch.Tensor]
 
@@ -25,10 +25,9 @@ def can_record(model: nn.Module, device: torch.device) -> bool:
     """Whether steps of `model` can be replayed: on a GPU, of a known kind, its weights where they are for good,
     or until a `gathered` context ends, inside of which all steps then are.
 
-    BLOOM's attention is none: transformers makes its mask from a number on the host, which no graph can capture."""
-    if device.type != "cuda" or model.config.get_text_config(decoder=True).model_type not in GRAPHED:
-        return False
-    if model.config.get_text_config(decoder=True)._attn_implementation == "eager":
+    Of eager attention, which BLOOM has, transformers makes the mask from a number on the host: no graph captures it."""
+    config = model.config.get_text_config(decoder=True)
+    if device.type != "cuda" or config.model_type not in GRAPHED or config._attn_implementation == "eager":
         return False
     try:
         return engine.is_gathered(model)  # else the engine moves its weights

@@ -6,18 +6,10 @@ from dataclasses import replace
 import megalith.engine as engine
 import torch
 from launch import run_ranks
-from megalith.engine import Rates, streaming_sizes
+from megalith.engine import streaming_sizes
 from tiny import batches, make_model, rank_rows, weights_of
+from update_rates import MIXED
 
-RATES = Rates(
-    host_adam_numel=1e9,
-    device_adam_numel=1e9,
-    link_in_bytes=16e9,
-    link_out_bytes=16e9,
-    compute_flops=1e12,
-    memory_bytes=1e12,
-    call_s=0.0,
-)
 FRACTIONS = [(0.0, 1.0), (0.5, 0.5), (1.0, 0.0), (1.0, 1.0), (0.25, 0.75)]
 
 
@@ -51,7 +43,7 @@ def _jobs():
                     yield base | {"placement": "host", "optimizer_offload": state}
             if stage > 1:
                 for host_adam_numel in (1.0, 1e9):  # the device updates all, or some
-                    rates = replace(RATES, host_adam_numel=host_adam_numel)
+                    rates = replace(MIXED, host_adam_numel=host_adam_numel)
                     yield base | {"placement": "host", "optimizer_offload": 1.0, "rates": rates}
 
 

@@ -10,15 +10,15 @@ import torch
 from launch import run_ranks
 from megalith.engine import streaming_sizes
 from megalith.engine.lanes import random_delay
-from test_offload_ranks import RATES
 from tiny import batches, make_model, rank_rows, weights_of
+from update_rates import MIXED
 
 SEEDS = 30
 OPTIONS = [
     {"zero_stage": stage, "placement": placement, "prefetch": prefetch}
     for stage, placement, prefetch in product((1, 2, 3), ("device", "host"), (0, 1, 2))
 ]
-OPTIONS += [OPTIONS[-1] | {"rates": RATES}, OPTIONS[3] | {"rates": RATES}]  # the device does a part of the updates
+OPTIONS += [OPTIONS[-1] | {"rates": MIXED}, OPTIONS[3] | {"rates": MIXED}]  # the device does a part of the updates
 
 
 def _digest(tensors):

@@ -7,23 +7,15 @@ import time
 import megalith.engine as engine
 import pytest
 import torch
-from megalith.engine import EngineConfig, Rates, Tier, Work, streaming_sizes
+from megalith.engine import EngineConfig, Tier, Work, streaming_sizes
 from megalith.engine.collectives import RankGroup
 from megalith.engine.rates import agreed_update_rates
 from megalith.engine.shard import engine_of
 from torch import nn
 from training import Recipe, train
+from update_rates import ALL_DEVICE, ALL_HOST, MIXED
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-
-
-def rates(host, device):
-    link = {"link_in_bytes": device * 16, "link_out_bytes": device * 16}
-    others = {"compute_flops": 1e12, "memory_bytes": 1e12, "call_s": 0.0}
-    return Rates(host_adam_numel=host, device_adam_numel=device, **link, **others)
-
-
-ALL_HOST, ALL_DEVICE, MIXED = rates(1e18, 1e9), rates(1.0, 1e9), rates(1e9, 1e9)
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ def rest_on_device(**options):
     """Bytes in use on the device apart from sums: a budget of as much leaves none of them room."""
     model, _ = initialized(llama, **options)
     schedule = engine_of(model).schedule
-    return engine_of(model).ledger.tier_bytes(Tier.DEVICE) + schedule._working_bytes
+    return engine_of(model).ledger.tier_bytes(Tier.DEVICE) + schedule._manager.working_bytes
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

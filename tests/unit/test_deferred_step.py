@@ -100,16 +100,20 @@ def saved_pretrained(model, folder):
     return dict(type(model).from_pretrained(folder).state_dict())
 
 
-@pytest.mark.parametrize("reader", READERS)
-def test_every_reader_sees_the_finished_update(reader, tmp_path):
-    model, optimizer, expected, reference = held_back()
+def assert_sees_the_same(reader, ours, theirs, folder):
     with torch.no_grad():
-        seen = READERS[reader](model, optimizer, tmp_path / "ours")
-        wanted = READERS[reader](expected, reference, tmp_path / "theirs")
+        seen = READERS[reader](*ours, folder / "ours")
+        wanted = READERS[reader](*theirs, folder / "theirs")
     if isinstance(seen, torch.Tensor):
         assert torch.equal(seen, wanted)
     else:
         assert differing(seen, wanted) == []
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_every_reader_sees_the_finished_update(reader, tmp_path):
+    model, optimizer, expected, reference = held_back()
+    assert_sees_the_same(reader, (model, optimizer), (expected, reference), tmp_path)
 
 
 def test_a_checkpoint_saved_and_loaded_between_step_and_forward(tmp_path):

@@ -5,26 +5,16 @@ import time
 
 import megalith.engine as engine
 import pytest
-import torch
 from against_torch import differing, fit, initialized, state_of
-from megalith.engine import Rates, Tier, Work, streaming_sizes
+from megalith.engine import Tier, Work, streaming_sizes
 from megalith.engine.lanes import LaneError, random_delay
 from megalith.engine.shard import engine_of
 from test_any_model import Blocks, Skipping, X, square
-from test_deferred_step import READERS
+from test_deferred_step import READERS, assert_sees_the_same
 from test_nvme_placement import on_drive
 from test_plan import assert_same_memory, loss_on_meta, work_of
 from tiny import batches, make_model
-
-
-def rates(host, device):
-    """Of a machine with a device beside the host, by the speed of their updates."""
-    link = {"link_in_bytes": device * 16, "link_out_bytes": device * 16}
-    others = {"compute_flops": 1e12, "memory_bytes": 1e12, "call_s": 0.0}
-    return Rates(host_adam_numel=host, device_adam_numel=device, **link, **others)
-
-
-ALL_DEVICE, MIXED = rates(1.0, 1e9), rates(1e9, 1e9)
+from update_rates import ALL_DEVICE, MIXED
 
 
 def llama():
@@ -145,13 +135,7 @@ def test_every_reader_sees_what_has_come_back_to_the_host(reader, tmp_path):
     fit(model, optimizer, language_loss, [1])
     assert any(chunk.pending is not None for chunk in engine_of(model).chunks)
     threading.Timer(0.05, gate.opened.set).start()
-    with torch.no_grad():
-        seen = READERS[reader](model, optimizer, tmp_path / "ours")
-        wanted = READERS[reader](expected, reference, tmp_path / "theirs")
-    if isinstance(seen, torch.Tensor):
-        assert torch.equal(seen, wanted)
-    else:
-        assert differing(seen, wanted) == []
+    assert_sees_the_same(reader, (model, optimizer), (expected, reference), tmp_path)
 
 
 def test_a_gradient_is_kept_until_the_device_has_read_it():
