@@ -46,6 +46,17 @@ def test_ratios_are_taken_within_a_round(monkeypatch, capsys, tmp_path):
     assert memory["values"] == [0.5, 2.0] and memory["at_most"] == 1.0
 
 
+def test_what_offloading_costs_is_told_where_the_device_has_memory_of_its_own():
+    offloaded, resident = reading(80), reading(100)
+    for own, peak_bytes in ((offloaded, 1.0), (resident, 4.0)):
+        own["metrics"]["peak_cuda_bytes"] = peak_bytes
+    readings = {"megalith-host-deferred": [offloaded], "megalith": [resident]}
+    assert not list(step.checks(readings, "cpu"))
+    speed, memory = step.checks(readings, "cuda")
+    assert speed["values"] == [0.8] and speed["at_least"] == 0.85
+    assert memory["values"] == [0.25]
+
+
 @pytest.mark.parametrize("last_loss", [5.01, float("nan")])
 def test_an_entry_that_trains_wrongly_cannot_win(last_loss, monkeypatch, capsys, tmp_path):
     readings = {"ddp": [reading(100)], "megalith-zero2": [reading(900, losses=(9.0, last_loss))]}
