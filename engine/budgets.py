@@ -19,7 +19,7 @@ from .placement import (
 from .rates import UpdateRates
 from .streaming_sizes import NO_RING, piece_numel_of, ring_bytes_of, slot_itemsizes
 from .tiers import OutOfBudgetError, Tier
-from .updater_choice import device_ring
+from .updater_choice import device_ring, host_ring
 
 
 @dataclass(frozen=True)
@@ -153,14 +153,16 @@ def _with_staging_and_gradients(
         staging_bytes += 2 * WEIGHT_STAGING_BYTES if machine.on_gpu else 0
     if config.update_in_backward:  # they are never kept
         placements = [replace(placement, gradient_tier=Tier.DEVICE) for placement in placements]
-    plan = StoragePlan(layout, placements, piece_numel, staging_bytes)
+    precision, has_rates = Precision(config.precision), machine.rates is not None
+    for_host = host_ring(layout.chunks, placements, precision) if has_rates else NO_RING
+    plan = StoragePlan(layout, placements, piece_numel, staging_bytes, host_ring=for_host)
     room = (machine.host_room if config.host_budget is None else config.host_budget) - plan.host_peak
     placements = _gradients_to_host(layout.chunks, placements, room)
-    ring = NO_RING
-    if machine.rates is not None:
-        kinds = Precision(config.precision), StatePrecision(config.state_precision)
-        ring = device_ring(layout.chunks, placements, *kinds, _device_room(config, machine))
-    return replace(plan, placements=placements, device_ring=ring)
+    for_device = NO_RING
+    if has_rates:
+        kinds = precision, StatePrecision(config.state_precision)
+        for_device = device_ring(layout.chunks, placements, *kinds, _device_room(config, machine))
+    return replace(plan, placements=placements, device_ring=for_device)
 
 
 def ring_itemsizes(config: EngineConfig, on_gpu: bool) -> dict[str, int]:

@@ -5,28 +5,24 @@ link is busy in both directions. What of a chunk lives on the device, its weight
 """
 
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
 from .chunk import payload_part
 from .lanes import Event, Lane
-from .streaming_sizes import DEVICE_SLOTS, DeviceRing
-from .tiers import Payload, Storage, Tier, Work
-from .update import PAYLOADS, ChunkUpdate, Run, adam_runs
+from .streaming_sizes import Ring
+from .tiers import Payload, PieceBuffers, Storage, Tier, Work
+from .update import PAYLOADS, ChunkUpdate, Run, adam_runs, pieces_of
 
 
 @dataclass
 class DeviceSlot:
     """Device memory for one piece."""
 
-    buffers: dict[str, torch.Tensor]  # uint8, by payload
+    buffers: PieceBuffers
     sent: Event | None = None
     """When what the last piece was has gone out, and the next one may come in."""
-
-    def view(self, payload: str, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
-        return self.buffers[payload][start * dtype.itemsize : stop * dtype.itemsize].view(dtype)
 
 
 @dataclass
@@ -47,7 +43,7 @@ class DevicePiece:
 class DeviceUpdates:
     """Belongs to the lane of the device's updates."""
 
-    def __init__(self, ring: DeviceRing, storage: Storage, inwards: Lane, outwards: Lane) -> None:
+    def __init__(self, ring: Ring, storage: Storage, inwards: Lane, outwards: Lane) -> None:
         self._piece_numel = ring.piece_numel
         self._device = storage.device
         self._inwards = inwards
@@ -57,14 +53,14 @@ class DeviceUpdates:
             return storage.zeros(Tier.DEVICE, Payload.STAGING, itemsize * ring.piece_numel, torch.uint8)
 
         self._slots = deque(
-            DeviceSlot({payload: buffer(itemsize) for payload, itemsize in ring.itemsizes.items()})
-            for _ in range(DEVICE_SLOTS)
+            DeviceSlot(PieceBuffers({payload: buffer(itemsize) for payload, itemsize in ring.itemsizes.items()}))
+            for _ in range(ring.slots)
         )  # the longest unused first
 
     @torch.no_grad()
     def execute(self, update: ChunkUpdate) -> Event:
         """Update a chunk. The gradient has been read when this returns; the event is of the last copy to the host."""
-        wanted = deque(self._cut(update))
+        wanted = deque(pieces_of(update.chunk, update.runs, self._piece_numel))
         coming = deque([self._bring(update, *wanted.popleft())])
         while coming:
             if wanted:
@@ -79,15 +75,6 @@ class DeviceUpdates:
             torch.cuda.current_stream(self._device).synchronize()
         return last
 
-    def _cut(self, update: ChunkUpdate) -> Iterator[tuple[int, int, list[Run]]]:
-        """(start, stop, runs) of the pieces in which something is updated."""
-        numel = update.chunk.placement.owned_numel
-        for start in range(0, numel, self._piece_numel):
-            stop = min(start + self._piece_numel, numel)
-            runs = [run.cut(start, stop) for run in update.runs if run.start < stop and start < run.stop]
-            if runs:
-                yield start, stop, runs
-
     def _bring(self, update: ChunkUpdate, start: int, stop: int, runs: list[Run]) -> DevicePiece:
         """Start to copy a piece into the next slot."""
         chunk, slot = update.chunk, self._slots[0]
@@ -101,11 +88,11 @@ class DeviceUpdates:
                 tensors[payload] = None if values is None else values.data[part]
                 continue
             at_rest[payload] = values[part]
-            tensors[payload] = slot.view(payload, values.dtype, 0, at_rest[payload].numel())
+            tensors[payload] = slot.buffers.view(payload, values.dtype, 0, at_rest[payload].numel())
             copies.append((at_rest[payload], tensors[payload]))
         if chunk.placement.gradient_tier is not Tier.DEVICE:
             for number, run in enumerate(runs):
-                target = slot.view("gradient", run.gradient.dtype, run.start - start, run.stop - start)
+                target = slot.buffers.view("gradient", run.gradient.dtype, run.start - start, run.stop - start)
                 copies.append((run.gradient, target))
                 runs[number] = replace(run, gradient=target)
         free = slot.sent

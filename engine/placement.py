@@ -9,7 +9,7 @@ import torch
 from ..kernels import scales_numel
 from .config import EngineConfig, Precision, StatePrecision
 from .layout import ChunkSpec, Layout
-from .streaming_sizes import NO_RING, DeviceRing
+from .streaming_sizes import NO_RING, Ring
 from .tiers import Payload, Tier
 
 STORE_RING_BYTES = 2**25
@@ -150,8 +150,10 @@ class StoragePlan:
     """Of the ring that streams updates, 0 where nothing is on a drive."""
     staging_bytes: int
     """On the host."""
-    device_ring: DeviceRing = NO_RING
+    device_ring: Ring = NO_RING
     """For what the device updates of the state on the host."""
+    host_ring: Ring = NO_RING
+    """For what the host updates of weights on the device, and of gradients there."""
 
     @property
     def uses_disk(self) -> bool:
@@ -171,8 +173,9 @@ class StoragePlan:
                 result.setdefault(tier, Counter())[payload] += nbytes
         if self.staging_bytes:
             result.setdefault(Tier.HOST, Counter())[Payload.STAGING] += self.staging_bytes
-        if self.device_ring.nbytes:
-            result.setdefault(Tier.DEVICE, Counter())[Payload.STAGING] += self.device_ring.nbytes
+        for tier, ring in ((Tier.DEVICE, self.device_ring), (Tier.HOST, self.host_ring)):
+            if ring.nbytes:
+                result.setdefault(tier, Counter())[Payload.STAGING] += ring.nbytes
         return result
 
     def tier_bytes(self, tier: Tier) -> int:
@@ -190,7 +193,7 @@ class StoragePlan:
 
     @property
     def slab_bytes(self) -> int:
-        """Of what is at rest on the host; the staging buffers are apart."""
+        """Of what is at rest on the host; the drive's staging buffers are apart."""
         return self.tier_bytes(Tier.HOST) - self.staging_bytes
 
     def disk_sizes(self) -> dict[str, int]:

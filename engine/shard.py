@@ -26,6 +26,7 @@ from .device_updates import DeviceUpdates
 from .engine_lanes import Lanes, make_lanes
 from .gradients import GradientTraffic
 from .hooks import register_hooks
+from .host_updates import HostUpdates
 from .lanes import MakeLane, make_lane, on_worker
 from .layout import Layout, ParamSpec, pack
 from .loader import Loader, WeightLoader
@@ -446,13 +447,15 @@ def _open_store(
 def _make_updaters(
     plan: StoragePlan, config: EngineConfig, lanes: Lanes, storage: Storage, rates: UpdateRates | None
 ) -> Updaters:
-    stream = by_device = None
+    stream = by_host = by_device = None
     if plan.uses_disk:
         itemsizes = ring_itemsizes(config, storage.device.type == "cuda")
         stream = UpdateStream(plan.piece_numel, itemsizes, storage.device, weights_at_hand=config.update_in_backward)
     if plan.device_ring.nbytes:
         by_device = DeviceUpdates(plan.device_ring, storage, lanes.states_in, lanes.states_out)
-    return Updaters(lanes.updates, stream, lanes.device_updates, by_device, rates)
+    if plan.host_ring.nbytes:
+        by_host = HostUpdates(plan.host_ring, storage)
+    return Updaters(lanes.updates, stream, by_host, lanes.device_updates, by_device, rates)
 
 
 def _close(lanes: Lanes, store: NvmeStore | None, ledger: Ledger) -> None:

@@ -15,24 +15,21 @@ from .chunk import Chunk, payload_part
 from .disk_tensor import DiskTensor
 from .nvme import Handle
 from .streaming_sizes import SLOTS, ring_bytes_of
-from .tiers import HostSlab, Work
-from .update import PAYLOADS, ChunkUpdate, Run, adam_runs
+from .tiers import HostSlab, PieceBuffers, Work
+from .update import PAYLOADS, ChunkUpdate, Run, adam_runs, pieces_of
 
 
 @dataclass
 class Slot:
     """Host memory for one piece."""
 
-    buffers: dict[str, torch.Tensor]  # uint8, by payload
+    buffers: PieceBuffers
     writes: list[Handle] = field(default_factory=list)
     """Under way from the buffers."""
 
     @property
     def is_free(self) -> bool:
         return all(write.done() for write in self.writes)
-
-    def view(self, payload: str, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
-        return self.buffers[payload][start * dtype.itemsize : stop * dtype.itemsize].view(dtype)
 
 
 @dataclass
@@ -67,7 +64,7 @@ class UpdateStream:
         self._piece_numel = piece_numel
         slab = HostSlab(ring_bytes_of(piece_numel, itemsizes), device)
         self._slots = deque(
-            Slot({payload: slab.take(itemsize * piece_numel, torch.uint8) for payload, itemsize in itemsizes.items()})
+            Slot(PieceBuffers({p: slab.take(itemsize * piece_numel, torch.uint8) for p, itemsize in itemsizes.items()}))
             for _ in range(SLOTS)
         )  # the longest unused first
         self._ahead: deque[Piece] = deque()  # being read, in the order in which they are needed
@@ -98,12 +95,7 @@ class UpdateStream:
     def _cut(self, source: Source) -> Iterator[tuple[int, int, list[Run]]]:
         """(start, stop, runs) of the pieces in which something is, or may be, updated."""
         chunk, runs = (source, None) if isinstance(source, Chunk) else (source.chunk, source.runs)
-        numel = chunk.placement.owned_numel
-        for start in range(0, numel, self._piece_numel):
-            stop = min(start + self._piece_numel, numel)
-            own = [run.cut(start, stop) for run in runs or () if run.start < stop and start < run.stop]
-            if own or runs is None:
-                yield start, stop, own
+        return pieces_of(chunk, runs, self._piece_numel)
 
     def _take(self, chunk: Chunk, start: int, stop: int, runs: list[Run]) -> Piece:
         """The piece, whose reads have begun."""
@@ -145,7 +137,7 @@ class UpdateStream:
             values = getattr(chunk, payload)
             if isinstance(values, DiskTensor) and not (payload == "weight" and self._weights_at_hand):
                 source = values[piece.part(payload)]
-                piece.reads.append(source.begin_read(slot.view(payload, values.dtype, 0, source.numel())))
+                piece.reads.append(source.begin_read(slot.buffers.view(payload, values.dtype, 0, source.numel())))
         for run in runs:
             if isinstance(run.gradient, DiskTensor):
                 piece.reads.append(run.gradient.begin_read(self._gradient(piece, run)))
@@ -163,7 +155,7 @@ class UpdateStream:
         for payload, values in sources.items():
             part = piece.part(payload)
             if isinstance(values, DiskTensor) or (values is not None and values.is_cuda):
-                tensors[payload] = slot.view(payload, values.dtype, 0, part.stop - part.start)
+                tensors[payload] = slot.buffers.view(payload, values.dtype, 0, part.stop - part.start)
             else:
                 tensors[payload] = None if values is None else values.detach()[part]
             if isinstance(values, torch.Tensor) and values.is_cuda:
@@ -189,10 +181,10 @@ class UpdateStream:
         if not parts[0].is_cuda:
             return run.gradient
         start, stop = run.start - piece.start, run.stop - piece.start
-        copies = piece.slot.view("gradient", parts[0].dtype, start, stop)
+        copies = piece.slot.buffers.view("gradient", parts[0].dtype, start, stop)
         for copy, part in zip(copies.split([part.numel() for part in parts]), parts, strict=True):
             copy.copy_(part)
         return copies
 
     def _gradient(self, piece: Piece, run: Run) -> torch.Tensor:
-        return piece.slot.view("gradient", run.gradient.dtype, run.start - piece.start, run.stop - piece.start)
+        return piece.slot.buffers.view("gradient", run.gradient.dtype, run.start - piece.start, run.stop - piece.start)

@@ -1,5 +1,5 @@
-"""How large the rings are through which updates are streamed: on the host those of chunks on a drive, on the device
-those that it does for the host. Pure."""
+"""How large the buffers are through which updates are streamed: on the host those of chunks on a drive, and of what
+lives on the device where the host updates it; on the device those of what it updates for the host. Pure."""
 
 from dataclasses import dataclass
 
@@ -21,6 +21,9 @@ DEVICE_PIECE_NUMEL = 2**20
 
 DEVICE_RING_SHARE = 16
 """The ring takes no more than one in so many bytes of a device's budget."""
+
+HOST_PIECE_NUMEL = 2**22
+"""At most, of what the host updates for the device: 24 MB in bf16."""
 
 
 def slot_itemsizes(
@@ -57,9 +60,10 @@ def ring_bytes_of(piece_numel: int, itemsizes: dict[str, int]) -> int:
 
 
 @dataclass(frozen=True)
-class DeviceRing:
-    """Memory on the device that pieces of the host's state go through."""
+class Ring:
+    """Memory of one tier that pieces of what lies on the other go through."""
 
+    slots: int
     piece_numel: int
     """Elements that a slot holds."""
     itemsizes: dict[str, int]
@@ -67,17 +71,22 @@ class DeviceRing:
 
     @property
     def nbytes(self) -> int:
-        return DEVICE_SLOTS * self.piece_numel * sum(self.itemsizes.values())
+        return self.slots * self.piece_numel * sum(self.itemsizes.values())
 
 
-NO_RING = DeviceRing(0, {})
-"""The device updates nothing that lies on the host."""
+NO_RING = Ring(0, 0, {})
+"""Nothing is updated away from where it lies."""
 
 
-def device_ring_of(largest_numel: int, itemsizes: dict[str, int], budget: int | None) -> DeviceRing:
+def host_ring_of(largest_numel: int, itemsizes: dict[str, int]) -> Ring:
+    """One slot: a copy over the link is short beside the host's Adam."""
+    return Ring(1, round_up(min(HOST_PIECE_NUMEL, largest_numel), PIECE_MULTIPLE), itemsizes)
+
+
+def device_ring_of(largest_numel: int, itemsizes: dict[str, int], budget: int | None) -> Ring:
     """`budget`: bytes of the device's, if it has one."""
     piece_numel = round_up(max(min(DEVICE_PIECE_NUMEL, largest_numel), 1), PIECE_MULTIPLE)
     if budget is not None:
         most = budget // DEVICE_RING_SHARE // (DEVICE_SLOTS * sum(itemsizes.values()))
         piece_numel = min(piece_numel, most // PIECE_MULTIPLE * PIECE_MULTIPLE)
-    return DeviceRing(piece_numel, itemsizes) if piece_numel else NO_RING
+    return Ring(DEVICE_SLOTS, piece_numel, itemsizes) if piece_numel else NO_RING

@@ -198,6 +198,18 @@ class HostSlab:
         return self._bytes[start:stop].view(dtype)
 
 
+class PieceBuffers:
+    """Memory for one piece of a chunk."""
+
+    def __init__(self, by_payload: dict[str, torch.Tensor]) -> None:
+        """uint8 [bytes] each: a gradient may be a sum in another dtype."""
+        self._by_payload = by_payload
+
+    def view(self, payload: str, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop), 1D."""
+        return self._by_payload[payload][start * dtype.itemsize : stop * dtype.itemsize].view(dtype)
+
+
 class Storage:
     """Allocates payloads on tiers and enters them in the ledger. What goes to the host is reserved first, so that it
     can be taken as one slab of exact size; so is what goes to a drive, by the store that is given."""

@@ -64,6 +64,17 @@ class ChunkUpdate:
         return any(isinstance(values, DiskTensor) for values in [*payloads, *(run.gradient for run in self.runs)])
 
 
+def pieces_of(chunk: Chunk, runs: list[Run] | None, piece_numel: int) -> Iterator[tuple[int, int, list[Run]]]:
+    """(start, stop, runs) of the pieces of a chunk's owned elements in which something is updated. `runs`: None where
+    they are not known yet, and any piece may be updated."""
+    numel = chunk.placement.owned_numel
+    for start in range(0, numel, piece_numel):
+        stop = min(start + piece_numel, numel)
+        own = [run.cut(start, stop) for run in runs or () if run.start < stop and start < run.stop]
+        if own or runs is None:
+            yield start, stop, own
+
+
 def cut_parts(tensors: tuple[torch.Tensor, ...], start: int, stop: int) -> Iterator[torch.Tensor]:
     """Elements [start, stop) of tensors [numel] that follow each other."""
     offset = 0
@@ -75,19 +86,16 @@ def cut_parts(tensors: tuple[torch.Tensor, ...], start: int, stop: int) -> Itera
 
 @torch.no_grad()
 def execute(update: ChunkUpdate) -> None:
-    """Of a chunk that is in memory, by the processor of the tier on which its state is."""
+    """Of a chunk that is in memory, by the processor of the tier on which its state is, which reaches all of it."""
     chunk = update.chunk
-    weight = chunk.weight.data.to(chunk.exp_avg.device)  # the same tensor where weight and state are on one device
-    tensors = {payload: getattr(chunk, payload) for payload in PAYLOADS} | {"weight": weight}
+    tensors = {payload: getattr(chunk, payload) for payload in PAYLOADS} | {"weight": chunk.weight.data}
     on_device = chunk.placement.optimizer_tier is Tier.DEVICE
     chunk.did(Work.DEVICE_ADAM if on_device else Work.HOST_ADAM, sum(run.stop - run.start for run in update.runs))
     if not on_device and chunk.placement.weight_tier is Tier.DEVICE:
         chunk.did(Work.LINK_OUT, chunk.weight.nbytes)
         chunk.did(Work.LINK_IN, chunk.weight.nbytes)
     with torch.profiler.record_function(f"megalith::adam {chunk.name}"):
-        adam_runs(tensors, 0, [run.on(chunk.exp_avg.device) for run in update.runs], update)
-    if weight.data_ptr() != chunk.weight.data_ptr():
-        chunk.weight.data.copy_(weight)
+        adam_runs(tensors, 0, update.runs, update)
 
 
 def adam_runs(tensors: Mapping[str, torch.Tensor | None], offset: int, runs: list[Run], update: ChunkUpdate) -> None:

@@ -23,7 +23,7 @@ from .config import Precision, StatePrecision
 from .layout import ChunkSpec
 from .placement import ChunkPlacement, StoragePlan
 from .rates import UpdateRates
-from .streaming_sizes import NO_RING, DeviceRing, device_ring_of, slot_itemsizes
+from .streaming_sizes import NO_RING, Ring, device_ring_of, host_ring_of, slot_itemsizes
 from .tiers import Tier
 
 
@@ -119,7 +119,7 @@ def device_ring(
     precision: Precision,
     state_precision: StatePrecision,
     budget: int | None,
-) -> DeviceRing:
+) -> Ring:
     """`budget`: bytes of the device's, of which the ring takes a small share."""
     trainable = [(s, p) for s, p in zip(specs, placements, strict=True) if s.trainable]
     movable = [placement for _, placement in trainable if is_movable(placement)]
@@ -132,3 +132,15 @@ def device_ring(
         del sizes["gradient"]
     # The largest of all, wherever it is: the same size for every placement that is tried.
     return device_ring_of(max(placement.owned_numel for _, placement in trainable), sizes, budget)
+
+
+def host_ring(specs: list[ChunkSpec], placements: list[ChunkPlacement], precision: Precision) -> Ring:
+    """For weights and gradients that live on the device, of chunks whose state is on the host."""
+    sizes = {"weight": precision.dtype.itemsize, "gradient": 4}  # which may be a sum of micro-batches
+    apart = [
+        (placement.owned_numel, {"weight": placement.weight_tier, "gradient": placement.gradient_tier})
+        for spec, placement in zip(specs, placements, strict=True)
+        if spec.trainable and placement.optimizer_tier is Tier.HOST
+    ]
+    needed = {name: size for name, size in sizes.items() if any(tiers[name] is Tier.DEVICE for _, tiers in apart)}
+    return host_ring_of(max(numel for numel, _ in apart), needed) if needed else NO_RING

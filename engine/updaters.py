@@ -4,6 +4,7 @@ processor on one lane, the device on another, side by side."""
 from collections.abc import Callable, Sequence
 
 from .device_updates import DeviceUpdates
+from .host_updates import HostUpdates
 from .lanes import Lane, UpdateEvent
 from .rates import UpdateRates
 from .streaming import Source, UpdateStream
@@ -20,13 +21,16 @@ class Updaters:
         self,
         host_lane: Lane,
         stream: UpdateStream | None,
+        host: HostUpdates | None,
         device_lane: Lane,
         device: DeviceUpdates | None,
         rates: UpdateRates | None,
     ) -> None:
-        """`stream`: where something is on a drive. `device`: where it may update what is on the host."""
+        """`stream`: where something is on a drive. `host`: where it updates what is on the device. `device`: where that
+        may update what is on the host."""
         self._host_lane = host_lane
         self._stream = stream
+        self._host = host
         self._device_lane = device_lane
         self._device = device
         self._rates = rates if device is not None else None
@@ -46,11 +50,13 @@ class Updaters:
 
     def submit(self, update: ChunkUpdate, coming: Sequence[Source], release: Callable[[], None]) -> None:
         """`coming` are read ahead, `release` is called when the gradient has been read."""
-        stream, device, copies, writes = self._stream, self._device, [], []
+        stream, host, device, copies, writes = self._stream, self._host, self._device, [], []
 
         def on_host() -> None:  # neither knows `self`, which is the model's
             if update.is_streamed:
                 writes.extend(stream.execute(update, coming))
+            elif host is not None:
+                host.execute(update)
             else:
                 execute(update)
             release()

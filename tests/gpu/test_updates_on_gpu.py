@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUD
 def small_pieces(monkeypatch):
     monkeypatch.setattr(streaming_sizes, "PIECE_MULTIPLE", 256)
     monkeypatch.setattr(streaming_sizes, "DEVICE_PIECE_NUMEL", 512)
+    monkeypatch.setattr(streaming_sizes, "HOST_PIECE_NUMEL", 768)
 
 
 KINDS = [
@@ -48,7 +49,7 @@ def test_no_bit_depends_on_who_updates_a_chunk(kind, small_pieces):
 def test_no_bit_depends_on_it_in_the_backward_pass(kind, small_pieces):
     recipe = Recipe(max_grad_norm=None)
     expected = train(recipe, device="cuda", options={"placement": "device", **kind})
-    for speeds in (ALL_DEVICE, MIXED):
+    for speeds in (ALL_HOST, ALL_DEVICE, MIXED):
         options = {"placement": "host", "max_chunk_numel": 3000, "update_in_backward": True, "rates": speeds, **kind}
         ours = train(recipe, device="cuda", options=options)
         assert all(torch.equal(ours.final[name], expected.final[name]) for name in ours.final), speeds
