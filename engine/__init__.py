@@ -10,7 +10,7 @@ from .persistence import load_checkpoint, save_checkpoint, save_pretrained, whol
 from .planner import Plan, plan
 from .rates import Rates, measure_rates
 from .rehearsal import Forecast
-from .shard import gathered, initialize, is_gathered, memory_report
+from .shard import can_gather, gathered, initialize, is_gathered, memory_report
 from .tiers import OutOfBudgetError, Tier, Work
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "WeightAverage",
     "Work",
     "ZeroOptimizer",
+    "can_gather",
     "gathered",
     "initialize",
     "is_gathered",

@@ -188,6 +188,13 @@ class Schedule:
         for group in self.groups:
             group.wait()
 
+    def has_room_for_all(self) -> bool:
+        """Whether the weights of all groups fit on the device beside what is at rest there."""
+        if self.device_budget is None:
+            return True
+        at_rest = self._manager.ledger.device_bytes_at_rest()
+        return at_rest + sum(group.gathered_bytes for group in self.groups) <= self.device_budget
+
     def hold(self, groups: list[ChunkGroup], token: str) -> None:
         """Unshard `groups` and keep them so until `release`."""
         self._manager.hold(self.number, groups)

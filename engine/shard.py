@@ -260,6 +260,12 @@ def gathered(model: nn.Module) -> Iterator[nn.Module]:
         schedule.release(schedule.groups, token)
 
 
+def can_gather(model: nn.Module) -> bool:
+    """Whether `gathered` stays within the device's budget, beside what is at rest there; True without a budget. Of this
+    rank alone."""
+    return engine_of(model).schedule.has_room_for_all()
+
+
 def is_gathered(model: nn.Module) -> bool:
     """Whether a `gathered` context holds all weights, which then stay where they are until it ends."""
     return all(group.is_held for group in engine_of(model).groups)

@@ -71,6 +71,10 @@ def collect(learner, prompts):
         [scores] = judged(lambda micro: [last_scores(learner.reward, micro)])
     else:
         scores = torch.tensor([answer.score for answer in rollout.answers])
+    check_finite(scores, "the reward model's score")
+    check_finite(ref_logprobs, "the reference's log-probability")
+    if values is not None:
+        check_finite(values, "the critic's value")
     timing = {
         "timing/generation": generated - start,
         "timing/make_experience": time.perf_counter() - generated,
@@ -130,6 +134,17 @@ def last_scores(reward_model, micro):
     scores = micro.of_answers(reward_model(micro.input_ids))
     last = (micro.mask.sum(1) - 1).clamp(min=0)
     return scores.gather(1, last[:, None])[:, 0]
+
+
+def check_finite(values, what):
+    """Raises RuntimeError where a model says NaN or infinity of an episode: every update would be skipped from there
+    on. values: [B] or [B, T]."""
+    bad = (~values.isfinite()).nonzero()
+    if len(bad):
+        raise RuntimeError(
+            f"episode {int(bad[0, 0])}: {what} is {values[tuple(bad[0])]:g}: look at that model's weights, and at how "
+            "far --precision reaches"
+        )
 
 
 def _check_sampler(learner, rollout, logprobs):

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from .batches import epoch_order
-from .experience import answer_logprobs, answer_values, check_drift
+from .experience import answer_logprobs, answer_values, check_drift, check_finite
 from .ppo_math import (
     explained_variance,
     gae,
@@ -69,6 +69,7 @@ def _first_values(learner, rollout):
         return [passes[-1].detach()]
 
     [values] = rollout.map(forward, learner.micro_batch_size, learner.pad_id, learner.ranks)
+    check_finite(values, "the critic's value")
     return values, passes[0]
 
 
@@ -151,7 +152,7 @@ def _actor_gradients(learner, experience, micros, advantages, scale, kl_weight, 
     learner.actor.model.train()
     if weights is not None:
         advantages = advantages * weights  # the clipped loss is linear in what is above 0
-    sums, drift = torch.zeros(7, dtype=torch.float64), 0.0
+    sums, drifts = torch.zeros(7, dtype=torch.float64), []
     for micro in micros:
         logprobs, entropy = answer_logprobs(learner.actor.model, micro, learner, with_entropy=True)
         old = micro.part_of(experience.logprobs)
@@ -163,26 +164,28 @@ def _actor_gradients(learner, experience, micros, advantages, scale, kl_weight, 
             loss = loss + kl_weight * ref_kl
         learner.actor.optimizer.backward(loss * scale)
         sums += torch.stack([x.detach().double().cpu() for x in (*policy, ref_kl, entropy[micro.mask].sum())])
-        drift = max(drift, _largest((logprobs.detach() - old).abs()[micro.mask]))
+        drifts.append((logprobs.detach() - old).abs()[micro.mask])
     names = ("policy", "approx_kl", "clipped", "excess", "excess_squared", "ref_kl", "entropy")
-    return {**dict(zip(names, sums.tolist(), strict=True)), "drift": drift}
+    return {**dict(zip(names, sums.tolist(), strict=True)), "drift": _largest(drifts)}
 
 
 def _critic_gradients(learner, experience, micros, returns, scale, done=None):
     """The same of the value loss. `done`: values of the only micro-batch, where its forward pass was done already."""
     learner.critic.model.train()
-    sums, drift = torch.zeros(2, dtype=torch.float64), 0.0
+    sums, drifts = torch.zeros(2, dtype=torch.float64), []
     for micro in micros:
         values = answer_values(learner.critic.model, micro, learner.value_statistics) if done is None else done
         old = micro.part_of(experience.values)
         value = value_loss_sum(values, old, micro.part_of(returns), micro.mask, learner.ppo_args.value_clip or None)
         learner.critic.optimizer.backward(value.loss * scale)
         sums += torch.stack([x.detach().double().cpu() for x in value])
-        drift = max(drift, _largest(((values.detach() - old).abs() / (1 + old.abs()))[micro.mask]))
-    return {"value": sums[0].item(), "value_clipped": sums[1].item(), "value_drift": drift}
+        drifts.append(((values.detach() - old).abs() / (1 + old.abs()))[micro.mask])
+    return {"value": sums[0].item(), "value_clipped": sums[1].item(), "value_drift": _largest(drifts)}
 
 
-def _largest(values):
+def _largest(parts):
+    """Of 1-D tensors, which may be empty; NaN where there is any, unlike Python's max."""
+    values = torch.cat(parts)
     return values.max().item() if len(values) else 0.0
 
 

@@ -43,7 +43,7 @@ class RLOptimization:
     def __post_init__(self):
         for name in ("num_episodes", "max_timesteps", "max_grad_norm"):
             require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
-        for name in ("lr", "weight_decay", "adam_epsilon"):
+        for name in ("lr", "weight_decay", "adam_epsilon", "seed"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("warmup_ratio", "adam_beta1", "adam_beta2", "ema_decay"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")

@@ -5,6 +5,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from transformers.hf_argparser import HfArg
 
 from . import checkpoints, ppo_models
 from .arguments import LoraArguments, ModelArguments, OutputArguments, StrategyArguments, parse
+from .decoding import check_prompt
 from .errors import InputError, require
 from .learner import ScoreArguments, UpdateArguments
 from .models import load_source
@@ -69,6 +71,9 @@ class JudgeArguments:
     def __post_init__(self):
         given = [name for name in ("rm_path", "reward_function", "reward_url") if getattr(self, name)]
         require(len(given) <= 1, " and --".join(given), "given", "one judge alone")
+        parts = urlsplit(self.reward_url or "http://anyone")
+        known = parts.scheme in ("http", "https") and bool(parts.netloc)
+        require(known, "reward_url", self.reward_url, "an http:// or https:// address")
 
     @property
     def is_model(self):
@@ -157,6 +162,10 @@ def prepare(options):
         raise InputError(f"--update_timesteps {rollout_args.update_timesteps} is more than there are timesteps")
     if options.lora.lora_rank and optimization.ema_decay:
         raise InputError("--ema_decay with --lora_rank: adapters are saved without a moving average; choose one")
+    if options.lora.lora_rank and options.lora.lora_dropout:
+        raise InputError(
+            f"--lora_dropout {options.lora.lora_dropout}: the policy that learns has to be the one that answered: 0"
+        )
     models = unplaced_models(options)
     source = models["actor"].source
     prompts, dropped = read_prompts(
@@ -166,6 +175,11 @@ def prepare(options):
         prompt_args.max_prompt_len,
         prompt_args.max_datasets_size,
     )
+    for prompt in prompts:
+        try:
+            check_prompt(models["actor"].model, prompt.ids, rollout_args.new_tokens(prompt))
+        except ValueError as error:
+            raise InputError(f"{prompt_args.prompts}: {error}") from None
     ptx_samples = ()
     if prompt_args.pretrain_dataset is not None:
         ptx_samples = load_samples(prompt_args.pretrain_dataset, source.tokenizer, prompt_args)[1].samples

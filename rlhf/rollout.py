@@ -7,7 +7,6 @@ dealt anew by length for each pass through a model.
 B: episodes of all ranks, T: tokens of the longest answer, b, t, L: the same of one micro-batch, and its tokens a row.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from transformers.hf_argparser import HfArg
 
 from .. import engine
+from ..engine.machine import host_available_bytes
 from .decoding import Decoder, generate
 from .errors import require
 from .prompts import Prompt
@@ -240,8 +240,9 @@ def _agreement(ranks):
 
 
 def _gathers(choice, model, ranks):
-    """Whether to hold whole weights during a rollout. "auto": where they take no more than half of the memory that is
-    free on every rank, so that the cache of keys and values has the other half."""
+    """Whether to hold whole weights during a rollout. "auto": where the device's budget has room for them, and they
+    take no more than half of the memory that is free on every rank, so that the cache of keys and values has the other
+    half."""
     if choice != "auto":
         return choice == "always"
     needed_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -249,8 +250,8 @@ def _gathers(choice, model, ranks):
         free_bytes = torch.cuda.mem_get_info(ranks.device)[0]
         free_bytes += torch.cuda.memory_reserved(ranks.device) - torch.cuda.memory_allocated(ranks.device)
     else:
-        free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks.world_size
-    fits = torch.tensor(int(needed_bytes <= free_bytes // 2), device=ranks.device)
+        free_bytes = host_available_bytes() // ranks.world_size
+    fits = torch.tensor(int(engine.can_gather(model) and needed_bytes <= free_bytes // 2), device=ranks.device)
     if ranks.world_size > 1:
         dist.all_reduce(fits, dist.ReduceOp.MIN)
     return bool(fits)

@@ -8,6 +8,7 @@ import torch
 from megalith.engine.shard import engine_of
 from megalith.rlhf import experience as experience_module
 from megalith.rlhf import ppo as ppo_module
+from megalith.rlhf import rollout
 from megalith.rlhf.batches import epoch_order
 from megalith.rlhf.experience import collect
 from megalith.rlhf.ppo import learn
@@ -110,6 +111,20 @@ def test_the_first_iteration_starts_at_the_reference_with_values_of_zero(ranks):
     assert metrics["objective/rlhf_reward"] == pytest.approx(
         metrics["objective/scores"] - 0.25 * metrics["val/truncated"] / 8
     )
+
+
+def test_weights_are_gathered_for_a_rollout_where_budget_and_memory_allow(ranks, monkeypatch):
+    def gathers(budget):
+        models = {"actor": unplaced()["actor"]}
+        options = {**options_of("zero3_cpu"), "device_budget": budget}
+        model = place(models, None, PPOOptimization(), 4, ranks.device, options)["actor"].model
+        weights = sum(parameter.numel() * 4 for parameter in model.parameters())
+        assert 60_000 < weights < 70_000
+        return rollout._gathers("auto", model, ranks)
+
+    assert gathers(None) and gathers("80KB") and not gathers("60KB")
+    monkeypatch.setattr(rollout, "host_available_bytes", lambda: 100_000)
+    assert not gathers(None)
 
 
 def test_without_a_price_of_kl_there_is_no_reference(ranks):
@@ -416,6 +431,43 @@ def test_a_critic_that_changed_since_the_rollout_is_found(ranks):
     experience = collect(learner, PROMPTS)
     experience.values.add_(0.01)
     with pytest.raises(RuntimeError, match="values should be the rollout's, but one moved by 0.0"):
+        learn(learner, experience)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize(
+    ("computed", "what"),
+    [
+        ("last_scores", "the reward model's score"),
+        ("answer_values", "the critic's value"),
+        ("reference", "the reference's log-probability"),
+    ],
+)
+def test_a_model_whose_numbers_are_not_finite_is_named(ranks, monkeypatch, computed, what, at_once):
+    """`at_once`: values come with the update."""
+    rows = len(PROMPTS) if at_once else 2
+    learner = make_learner(ranks, judge=None, train_batch_size=rows, micro_batch_size=rows)
+    if computed == "reference":
+        learner.reference.get_output_embeddings().register_forward_hook(lambda *given: given[-1] * math.nan)
+    else:
+        genuine = getattr(experience_module, computed)
+        for module in (experience_module, ppo_module):
+            monkeypatch.setattr(module, computed, lambda *given: genuine(*given) / 0, raising=False)
+    with pytest.raises(RuntimeError, match=f"episode 0: {what} is (nan|-?inf)"):
+        learn(learner, collect(learner, PROMPTS))
+
+
+@pytest.mark.parametrize("name", ["answer_logprobs", "answer_values"])
+def test_what_is_not_finite_in_the_first_minibatch_is_found(ranks, monkeypatch, name):
+    learner = make_learner(ranks)
+    experience, genuine = collect(learner, PROMPTS), getattr(ppo_module, name)
+
+    def spoilt(*given, **options):
+        result = genuine(*given, **options)
+        return result * math.nan if name == "answer_values" else (result[0] * math.nan, result[1])
+
+    monkeypatch.setattr(ppo_module, name, spoilt)
+    with pytest.raises(RuntimeError, match="on the first minibatch .* moved by nan"):
         learn(learner, experience)
 
 

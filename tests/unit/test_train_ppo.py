@@ -267,12 +267,17 @@ def test_an_epoch_visits_every_prompt_once():
         (["--rm_path", "x", "--reward_url", "y"], "one judge alone"),
         (["--temperatur", "1"], "did you mean '--temperature'"),
         (["--max_new_tokens", "5000"], "do not fit the model's 1024 positions"),
+        (["--max_length", "4"], "--max_length is 4; it has to be more than a prompt's 5 tokens"),
+        (["--reward_url", "localhost:5000"], "--reward_url is localhost:5000; it has to be an http:// or https://"),
+        (["--lora_rank", "2", "--lora_dropout", "0.1"], "--lora_dropout 0.1: the policy that learns has to be the one"),
+        (["--seed", "-1"], "--seed is -1; it has to be at least 0"),
     ],
 )
 def test_bad_options_end_with_a_line(folder, others, message, capsys):
-    with pytest.raises((SystemExit, ValueError)) as caught:
+    with pytest.raises(SystemExit) as caught:
         train_ppo.main(command(folder, folder / "out", *others))
-    assert message in capsys.readouterr().err + str(caught.value)
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+    assert not (folder / "out").exists()
 
 
 def test_critic_and_reward_model_share_the_actors_base(folder, capsys, monkeypatch):
