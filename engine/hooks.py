@@ -56,7 +56,7 @@ def register_hooks(
     compute_dtype = Precision(config.precision).dtype
 
     def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        schedule.begin_forward()
+        schedule.begin_forward((args, kwargs))
         return _cast_floats(args, compute_dtype), _cast_floats(kwargs, compute_dtype)
 
     def after_forward(module: nn.Module, args: tuple, output: Any) -> None:

@@ -1,5 +1,6 @@
 """What the engines of one process share when they are given one manager: budgets, a ledger of all, and one trace."""
 
+import math
 import weakref
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
@@ -8,6 +9,9 @@ from typing import Any, Protocol
 from .config import parse_bytes
 from .tiers import Ledger, Payload, Tier
 from .trace import AccessTrace, Need
+
+ROOM_FOR_LONGER = 1.25
+"""Inputs that are so much larger than those measured find room."""
 
 
 class Owner(Protocol):
@@ -112,12 +116,13 @@ class Manager:
 
     def end_moment(self) -> None:
         """What was on the device until now belongs to the moment that ends. Of what engines do not store, which are
-        activations, a quarter more: later batches may be longer."""
+        activations, there is to be room for somewhat more: later batches may be longer."""
         if self.measuring:
             gradient_bytes = self.ledger.take_recent_peak(Tier.DEVICE, Payload.GRADIENT)
             other_bytes = 0
             if self._meter is not None and self.unplanned:  # it costs some time
-                other_bytes = self._meter.take_other_bytes(self.ledger.tier_bytes(Tier.DEVICE)) * 5 // 4
+                other_bytes = self._meter.take_other_bytes(self.ledger.tier_bytes(Tier.DEVICE))
+            other_bytes = math.ceil(other_bytes * ROOM_FOR_LONGER)
             self.trace.measure(Need(gradient_bytes=gradient_bytes, other_bytes=other_bytes))
 
     def needed_bytes(self) -> Iterator[tuple[frozenset[Hashable], int, bool]]:

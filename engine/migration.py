@@ -3,13 +3,14 @@
 The plan that a run begins with (`budgets`) is made of bounds. Its first step records the order in which weights are
 used; the second, which runs by that order, is measured: what every moment needed on the device, gathered weights that
 only stayed because there was room not counted. After it the chunks that move most bytes a step for the room they take
-are *promoted* to the device, as many as fit beside what each moment needs. When a later step needs more, as longer
-batches may, some are *sent home* after it. Their room at home stays reserved, so that this cannot fail. Moves take
-place between two steps, the same on every rank, and change no bit of any result.
+are *promoted* to the device, as many as fit beside what each moment needs. When a later step needs more, some are
+*sent home* after it; on one rank before it, where a forward pass' inputs tell. Their room at home stays reserved, so
+that this cannot fail. Moves are the same on every rank and change no bit of any result.
 
 What a `gathered` context holds counts like every other use, where the budget has room for it at all.
 """
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from .chunk_group import ChunkGroup
 from .collectives import RankGroup
 from .config import EngineConfig
 from .layout import ChunkSpec
-from .manager import Manager, Meter
+from .manager import ROOM_FOR_LONGER, Manager, Meter
 from .placement import ChunkPlacement
 from .schedule import Schedule
 from .tiers import Tier
@@ -148,6 +149,8 @@ class Migration:
         self._is_planned = False
         self._summed: set[int] = set()  # chunks whose sums of micro-batches wait on the device in any case
         self._moments: list[tuple[frozenset[Hashable], int]] = []  # (groups in use, bytes above the room)
+        self._input_numel = 1  # of the largest forward pass that there is room for what is computed in
+        self._other_bytes = 0  # that room
         manager.watch(self, schedule.number, meter)
 
     def is_due(self) -> bool:
@@ -190,12 +193,37 @@ class Migration:
         if not self._promoted():
             self._manager.measuring.discard(self._schedule.number)
 
+    def expect(self, input_numel: int) -> None:
+        """A forward pass with inputs of so many elements is about to begin. What it computes grows with them: where
+        that would be more than the room that was left for it, send home what stands in the way. On one rank: several
+        know of each other's inputs only after a step."""
+        if not self._is_planned:
+            self._input_numel = max(self._input_numel, input_numel)
+        elif self._meter is not None and not self._rank_group.is_distributed:
+            growth = input_numel / self._input_numel
+            if growth > ROOM_FOR_LONGER:
+                self._input_numel = input_numel
+                self._make_room(math.ceil(self._other_bytes * (growth - 1)))
+
+    def _make_room(self, nbytes: int) -> None:
+        """For what is computed, beside what there is for it."""
+        self._other_bytes += nbytes
+        self._schedule.device_budget -= nbytes
+        stored_bytes = self._manager.ledger.device_bytes_at_rest() + self._manager.working_bytes
+        self._moments = [(frozenset(), stored_bytes - self._schedule.device_budget)]
+        self._schedule.reshard_idle()
+        excess = np.array([above for _, above in self._moments], dtype=np.int64)
+        movable = [each for each in self._candidates(promoted=True) if self._gradient_is_empty(each.key)]
+        self._send_home(choose_demotions(movable, excess))
+        self._schedule.count_placements()
+
     def send_all_home(self) -> None:
         """All that has no gradient on the device, and plan anew after the next step."""
         idle = [index for index in self._promoted() if self._gradient_is_empty(index)]
         self._send_home(idle)
         self._schedule.count_placements()
         self._is_planned = False
+        self._input_numel = 1
         self._manager.unplanned.add(self._schedule.number)
         self._manager.measuring.add(self._schedule.number)
 
@@ -242,7 +270,8 @@ class Migration:
             return None
         if self._is_planned:
             return self._schedule.device_budget - max(nbytes for _, nbytes in self._moments)
-        return self._meter.room_bytes() - max(need.other_bytes for need in self._manager.trace.needs.values())
+        self._other_bytes = max(need.other_bytes for need in self._manager.trace.needs.values())
+        return self._meter.room_bytes() - self._other_bytes
 
     def _candidates(self, promoted: bool) -> list[Candidate]:
         return [

@@ -3,7 +3,7 @@ as the backward pass goes on. Where that pass stands is known here alone."""
 
 import weakref
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from .config import EngineConfig
 from .gradients import ChunkGradient, GradientTraffic
 from .layout import Layout, Slot
 from .manager import Manager
+from .nested import tensors_in
 from .tiers import Payload, Tier
 
 
@@ -73,6 +74,8 @@ class Schedule:
         self.units: list[UnitState] = []
         self.on_complete: Callable[[ChunkGroup], None] | None = None
         """With update_in_backward: told of a group whose gradients are complete, once in a backward pass."""
+        self.on_forward: Callable[[int], None] | None = None
+        """With placement="auto": told of the elements of a forward pass' inputs, where a backward pass may follow."""
         self.update_begun = False
         """With update_in_backward: something was updated since the last step."""
         self.is_broken = False
@@ -217,7 +220,7 @@ class Schedule:
             self._in_backward = True
             Variable._execution_engine.queue_callback(self._end_backward)
 
-    def begin_forward(self) -> None:
+    def begin_forward(self, inputs: Any) -> None:
         """Called before the model's own forward: no unit runs then, whatever an interrupt left behind."""
         self.recover()
         self.check_sound()
@@ -227,6 +230,8 @@ class Schedule:
             if self.activations is not None:
                 self.activations.reset()
             self._drop_pins("forward ")
+            if self.on_forward is not None and torch.is_grad_enabled():
+                self.on_forward(sum(tensor.numel() for tensor in tensors_in(inputs, in_objects=False)))
 
     def recover(self) -> None:
         """After a backward pass that raised: its end was never told. What landed in it is dropped."""

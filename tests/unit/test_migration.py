@@ -326,6 +326,54 @@ def test_without_a_budget_the_room_is_what_the_card_has_beside_all_else(micro_st
     assert promoted[0].chunks == promoted[0].of_chunks > promoted[1].chunks > 0
 
 
+@pytest.mark.parametrize("micro_steps", [1, 2])
+def test_a_longer_batch_finds_room_before_it_is_computed(micro_steps, monkeypatch):
+    expected, reference = build(precision="bf16")
+    whole = device_bytes(expected)["peak_bytes"]
+    card = Card(whole * 3 // 2, others := whole // 8)
+    monkeypatch.setattr(shard, "make_meter", lambda device: card)
+    monkeypatch.setattr(shard, "read_machine", lambda device, group: budgets.Machine(False, whole // 3, 10**9))
+    model, optimizer = build(placement="auto", precision="bf16")
+    seen = []  # (budget, what is promoted, what the device holds) whenever the first block computes
+
+    def look(*args):
+        migration, schedule = engine_of(model).migration, engine_of(model).schedule
+        seen.append((schedule.device_budget, migration.promotion.device_bytes, device_bytes(model)["bytes"]))
+
+    model.model.layers[0].register_forward_pre_hook(look)
+
+    def run(rows, trains=True):
+        for each, step in ((model, optimizer), (expected, reference)):
+            with torch.set_grad_enabled(trains):
+                for _ in range(micro_steps):
+                    loss = each(input_ids=rows, labels=rows).loss
+                    if trains:
+                        step.backward(loss / micro_steps)
+            if trains:
+                step.step()
+                step.zero_grad()
+
+    rows = batches(1)[0]
+    width = rows.shape[1]
+    for _ in range(3):
+        run(rows)
+    planned = seen[-1]
+    assert planned[0] == card.room - others * 5 // 4 and planned[1] > 0
+    run(torch.cat([rows, rows[:, : width // 4]], 1))
+    run(torch.cat([rows] * 8, 1), trains=False)
+    assert seen[-1][:2] == planned[:2], "what was left for computing is enough"
+    seen.clear()
+    run(torch.cat([rows] * 3, 1))
+    more = 2 * (others * 5 // 4)
+    assert abs(planned[0] - seen[0][0] - more) < 4
+    assert seen[0][1] < planned[1] and seen[0][2] <= seen[0][0], "before it computes"
+    assert len({each[:2] for each in seen}) == 1, "once"
+    again = seen[-1][:2]
+    run(torch.cat([rows] * 3, 1))
+    assert seen[-1][:2] == again
+    assert differing(state_of(model), state_of(expected)) == []
+
+
 def test_the_meter_of_a_gpu_takes_peaks_for_what_they_are(monkeypatch):
     now = {"allocated": 10, "peak": 12, "reserved": 15, "max_reserved": 16}
     for name, key in (
