@@ -249,6 +249,12 @@ def read_conversations(path, limit=None):
     return schema, [schema.convert(row) for row in rows]
 
 
+def holds_texts(path):
+    """Whether the first row of the file is plain text (`text`) and no conversation."""
+    keys = read_rows(path, 1)[0].values.keys()
+    return "text" in keys and all(keys.isdisjoint(schema.required) for schema in SFT_SCHEMAS)
+
+
 def read_texts(path, limit=None):
     """The `text` of every row of the file."""
     return [text_of(row, "text") for row in read_rows(path, limit)]

@@ -5,11 +5,11 @@ argument is a list with one entry an answer. It takes what it names: `prompts` a
 and `completion_ids` (token ids, stop token included), `stopped`, and the other fields of the prompts' rows.
 """
 
+import http.client
 import importlib.util
 import inspect
 import json
 import math
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -45,12 +45,13 @@ def http_reward(url, timeout_s=HTTP_TIMEOUT_S):
         try:
             with urllib.request.urlopen(request, timeout=timeout_s) as response:
                 answer = json.load(response)
-        except (urllib.error.URLError, TimeoutError, json.JSONDecodeError) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:  # refused, broken off, no JSON
             raise RuntimeError(f"the reward server {url} failed: {error}") from None
         if not isinstance(answer, dict) or "rewards" not in answer:
             raise RuntimeError(f"the reward server {url} answered without 'rewards'")
         return answer["rewards"]
 
+    reward.__name__ = url  # what is wrong with its numbers is said of it
     return reward
 
 

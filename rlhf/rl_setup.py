@@ -13,6 +13,7 @@ from transformers.hf_argparser import HfArg
 
 from . import checkpoints, ppo_models
 from .arguments import LoraArguments, ModelArguments, OutputArguments, StrategyArguments, parse
+from .data import holds_texts
 from .decoding import check_prompt
 from .errors import InputError, require
 from .learner import ScoreArguments, UpdateArguments
@@ -23,6 +24,7 @@ from .rewards import http_reward, load_function
 from .rollout import RolloutArguments
 from .shared_base import statistics_of, with_scorers
 from .strategy import check_checkpointing, check_world_size, choose_device, engine_options
+from .train_pretrain import load_texts
 from .train_sft import load_samples
 
 
@@ -40,7 +42,9 @@ class PromptArguments:
     max_prompt_len: int = HfArg(default=512, help="longer prompts are dropped, and counted")
     max_datasets_size: int | None = HfArg(default=None, help="read no more than this many prompts")
     pretrain_dataset: str | None = HfArg(
-        default=None, aliases=["--ptx_dataset"], help="rows to keep learning as in fine-tuning (PTX)"
+        default=None,
+        aliases=["--ptx_dataset"],
+        help="rows to keep learning (PTX): {'text'} whole, as in pretraining, others as in fine-tuning",
     )
     ptx_batch_size: int = HfArg(default=4, help="of its rows, on each rank, an update")
     max_len: int = HfArg(default=512, help="tokens a row of --pretrain_dataset; longer ones are cut")
@@ -182,12 +186,19 @@ def prepare(options):
             raise InputError(f"{prompt_args.prompts}: {error}") from None
     ptx_samples = ()
     if prompt_args.pretrain_dataset is not None:
-        ptx_samples = load_samples(prompt_args.pretrain_dataset, source.tokenizer, prompt_args)[1].samples
+        ptx_samples = _ptx_samples(prompt_args.pretrain_dataset, source.tokenizer, prompt_args)
     key = {"prompts": _fingerprint(prompts), "ptx": _fingerprint(ptx_samples), "seed": optimization.seed}
     judge = options.judge.function()
     return Preparation(
         device, engine_keywords, checkpoint, iterations, models, judge, prompts, dropped, ptx_samples, key
     )
+
+
+def _ptx_samples(path, tokenizer, prompt_args):
+    """Plain text whole, as in pretraining; of conversations the answers, as in fine-tuning."""
+    if holds_texts(path):
+        return load_texts(path, tokenizer, prompt_args.max_len).samples
+    return load_samples(path, tokenizer, prompt_args)[1].samples
 
 
 def unplaced_models(options):

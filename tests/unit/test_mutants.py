@@ -105,8 +105,15 @@ def whitened():
 # Mutants
 
 
-def logprobs_shifted(patch):
+def logprobs_a_token_early(patch):
     patch.setattr(rollout.MicroBatch, "of_answers", lambda self, values: values.gather(1, self.places - 1))
+
+
+def logprobs_a_token_late(patch):
+    def late(self, values):
+        return values.gather(1, (self.places + 1).clamp(max=values.shape[1] - 1))
+
+    patch.setattr(rollout.MicroBatch, "of_answers", late)
 
 
 def score_on_a_pad(patch):
@@ -215,7 +222,10 @@ def reference_that_is_updated(patch):
 
 ASSERTED, FOUND = (RuntimeError, "log-probability"), (AssertionError, None)
 MUTANTS = {  # the thirteen bugs: [(mutant, what catches it, how)]
-    "log-probabilities shifted": [(logprobs_shifted, assertions, ASSERTED)],
+    "log-probabilities shifted": [
+        (logprobs_a_token_early, assertions, ASSERTED),
+        (logprobs_a_token_late, assertions, ASSERTED),
+    ],
     "score on a pad": [(score_on_a_pad, trade_off, FOUND)],
     "score on every token": [(score_on_every_token, trade_off, FOUND)],
     "whitening over padding": [(whitening_over_padding, whitened, FOUND)],

@@ -67,6 +67,13 @@ def test_the_announcements_command_and_its_output(folder, capsys):
     assert any(not torch.equal(averaged[name], last[name]) for name in last)
 
 
+def test_plain_text_is_learned_whole_beside(folder):
+    (folder / "rows.jsonl").write_text('{"text": "a corpus of its own"}\n{"text": "and more"}\n')
+    train_ppo.main(command(folder, folder / "out", "--pretrain_dataset", str(folder / "rows.jsonl")))
+    rows = metrics(folder / "out")
+    assert rows[-1]["loss/ptx"] < rows[0]["loss/ptx"]
+
+
 def test_going_on_in_the_middle_gives_the_same_bits(folder):
     options = ["--pretrain_dataset", str(folder / "text.json"), "--ema_decay", "0.9", "--kl_target", "0.5"]
     options += ["--kl_horizon", "40", "--normalize_scores", "true", "--save_interval", "2"]
@@ -180,8 +187,10 @@ class _RewardServer(http.server.BaseHTTPRequestHandler):
         assert body["query"] == [p + c for p, c in zip(body["prompts"], body["completions"], strict=True)]
         answer = {"rewards": [len(text) for text in body["query"]]} if self.path == "/get_reward" else {"error": 1}
         self.send_response(200)
+        if self.path == "/broken_off":
+            self.send_header("Content-Length", "99")
         self.end_headers()
-        self.wfile.write(json.dumps(answer).encode())
+        self.wfile.write(b"\xff\xfe{" if self.path == "/no_text" else json.dumps(answer).encode())
 
     def log_message(self, *args):
         pass
@@ -196,6 +205,11 @@ def test_a_server_judges():
         assert call_reward(http_reward(f"{url}/get_reward"), given, 2) == [2.0, 2.0]
         with pytest.raises(RuntimeError, match="answered without 'rewards'"):
             call_reward(http_reward(f"{url}/other"), given, 2)
+        for path in ("broken_off", "no_text"):
+            with pytest.raises(RuntimeError, match=f"the reward server {url}/{path} failed"):
+                call_reward(http_reward(f"{url}/{path}"), given, 2)
+        with pytest.raises(RuntimeError, match=f"reward function {url}/get_reward returned 2 rewards for 3 answers"):
+            call_reward(http_reward(f"{url}/get_reward"), given, 3)
     finally:
         server.shutdown()
         server.server_close()
