@@ -37,13 +37,13 @@ def examine(chosen, seeds):
 
 
 def table(results):
-    lines = [f"{'check':<40}{'median':>9}{'range':>19}{'optimum':>9}{'line':>9}  verdict"]
+    lines = [f"{'check':<40}{'median':>10}{'range':>24}{'optimum':>9}{'line':>9}  verdict"]
     for check, values, passed in results:
         spread = f"{min(values):.3g} to {max(values):.3g}"
         optimum = "" if check.optimum is None else f"{check.optimum:.3g}"
         line = f"{'≥' if check.is_floor else '≤'} {check.line:.3g}"
         verdict = "pass" if passed else "FAIL"
-        lines.append(f"{check.name:<40}{statistics.median(values):>9.3g}{spread:>19}{optimum:>9}{line:>9}  {verdict}")
+        lines.append(f"{check.name:<40}{statistics.median(values):>10.3g}{spread:>24}{optimum:>9}{line:>9}  {verdict}")
     return "\n".join(lines)
 
 

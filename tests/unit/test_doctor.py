@@ -154,6 +154,7 @@ def test_a_line_that_is_missed_is_told_and_is_the_exit_status(monkeypatch, capsy
         doctor.main([])
     printed = capsys.readouterr().out
     assert caught.value.code == 1 and "1 of 2 checks pass" in printed
+    assert " -1.23e-05 -1.23e-05 to -1.23e-05 " in " ".join(doctor.table([(bad, [-1.234e-5], True)]).split())
     rows = {line.split()[0]: line.split() for line in printed.splitlines()}
     assert rows["reached"][1:] == ["1.5", "0.5", "to", "2.5", "1.5", "≥", "1", "pass"]
     assert rows["missed"][1:] == ["1.5", "0.5", "to", "2.5", "≤", "1", "FAIL"]
