@@ -148,14 +148,13 @@ class OptimizationArguments:
 
 
 @dataclass(frozen=True)
-class OutputArguments:
+class RunArguments:
     """What is written where, and how often."""
 
     save_path: str = HfArg(
         default="runs/latest", help="folder for the model, its checkpoints, metrics and resolved config"
     )
     log_interval: int = HfArg(default=10, help="steps between two lines of metrics")
-    eval_interval: int = HfArg(default=0, help="steps between two evaluations; 0: only at the start and the end")
     save_interval: int = HfArg(default=0, help="steps between two checkpoints; 0: none")
     save_total_limit: int = HfArg(default=2, help="checkpoints to keep")
     resume: bool = HfArg(default=False, help="go on from the newest checkpoint under --save_path")
@@ -165,10 +164,20 @@ class OutputArguments:
     def __post_init__(self):
         for name in ("log_interval", "save_total_limit"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
-        for name in ("eval_interval", "save_interval"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        _require(self.save_interval >= 0, "save_interval", self.save_interval, "at least 0")
         if self.wandb_project and importlib.util.find_spec("wandb") is None:
             raise InputError(f"--wandb_project {self.wandb_project}: wandb is not installed: pip install wandb")
+
+
+@dataclass(frozen=True)
+class OutputArguments(RunArguments):
+    """The same of a stage that evaluates on held-out rows."""
+
+    eval_interval: int = HfArg(default=0, help="steps between two evaluations; 0: only at the start and the end")
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self.eval_interval >= 0, "eval_interval", self.eval_interval, "at least 0")
 
 
 def _flags_of(field):

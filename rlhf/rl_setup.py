@@ -12,7 +12,7 @@ import torch
 from transformers.hf_argparser import HfArg
 
 from . import checkpoints, ppo_models
-from .arguments import LoraArguments, ModelArguments, OutputArguments, StrategyArguments, parse
+from .arguments import LoraArguments, ModelArguments, RunArguments, StrategyArguments, parse
 from .data import holds_texts
 from .decoding import check_prompt
 from .errors import InputError, require
@@ -100,7 +100,7 @@ class CriticArguments:
 
 
 @dataclass(frozen=True)
-class RLOutputArguments(OutputArguments):
+class RLOutputArguments(RunArguments):
     log_interval: int = HfArg(default=1, help="iterations between two lines of metrics")
     sample_rows: int = HfArg(default=4, help="answers of each such iteration in samples.jsonl, from the first on")
 

@@ -280,6 +280,7 @@ def test_an_epoch_visits_every_prompt_once():
         (["--update_timesteps", "9"], "--update_timesteps 9 is more than there are timesteps"),
         (["--rm_path", "x", "--reward_url", "y"], "one judge alone"),
         (["--temperatur", "1"], "did you mean '--temperature'"),
+        (["--eval_interval", "1"], "unknown flag '--eval_interval'"),
         (["--max_new_tokens", "5000"], "do not fit the model's 1024 positions"),
         (["--max_length", "4"], "--max_length is 4; it has to be more than a prompt's 5 tokens"),
         (["--reward_url", "localhost:5000"], "--reward_url is localhost:5000; it has to be an http:// or https://"),
