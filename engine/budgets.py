@@ -5,7 +5,9 @@ from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from operator import add
 
+from .collectives import RankGroup
 from .config import EngineConfig, Precision, StatePrecision
 from .layout import ChunkSpec, Layout
 from .placement import (
@@ -39,23 +41,23 @@ class Machine:
     """By which it is decided where Adam of the state on the host runs. None: there."""
 
 
-def plan_storage(layout: Layout, config: EngineConfig, rank: int, world_size: int, machine: Machine) -> StoragePlan:
+def plan_storage(layout: Layout, config: EngineConfig, group: RankGroup, machine: Machine) -> StoragePlan:
     """Raises OutOfBudgetError for a ring that is too small, and where no automatic placement fits; NotImplementedError
     for what several ranks cannot do."""
-    if config.update_in_backward and world_size > 1:
+    if config.update_in_backward and group.is_distributed:
         raise NotImplementedError(
-            f"update_in_backward=True with {world_size} ranks: which parameters got a gradient on any of them is known "
-            "in step(): leave it out"
+            f"update_in_backward=True with {group.world_size} ranks: which parameters got a gradient on any of them is "
+            "known in step(): leave it out"
         )
     device_room = _device_room(config, machine)
     if machine.rates is not None and machine.rates.have_device:
         try:
-            plan = _plan(layout, config, rank, world_size, machine)
-            if device_room is None or device_peak(plan, config, machine.working_bytes) <= device_room:
+            plan = _plan(layout, config, group, machine)
+            if device_room is None or device_peak(plan, config, group, machine.working_bytes) <= device_room:
                 return plan
         except OutOfBudgetError:
             pass  # perhaps it is for the ring alone that there is no room
-    return _plan(layout, config, rank, world_size, replace(machine, rates=None))
+    return _plan(layout, config, group, replace(machine, rates=None))
 
 
 def _device_room(config: EngineConfig, machine: Machine) -> int | None:
@@ -65,21 +67,22 @@ def _device_room(config: EngineConfig, machine: Machine) -> int | None:
     return config.device_budget
 
 
-def _plan(layout: Layout, config: EngineConfig, rank: int, world_size: int, machine: Machine) -> StoragePlan:
+def _plan(layout: Layout, config: EngineConfig, group: RankGroup, machine: Machine) -> StoragePlan:
     def assemble(weight_tiers: list[Tier], state_tiers: list[Tier]) -> StoragePlan:
-        placements = place_chunks(layout.chunks, config, rank, world_size, weight_tiers, state_tiers)
+        placements = place_chunks(layout.chunks, config, group.rank, group.world_size, weight_tiers, state_tiers)
         return _with_staging_and_gradients(layout, config, placements, machine)
 
     if config.placement != "auto":
         return assemble(*fixed_tiers(layout.chunks, config))
     device_room = _device_room(config, machine)
     host_room = machine.host_room if config.host_budget is None else config.host_budget
-    return choose_tiers(layout, config, assemble, device_room, host_room, machine.working_bytes)
+    return choose_tiers(layout, config, group, assemble, device_room, host_room, machine.working_bytes)
 
 
 def choose_tiers(
     layout: Layout,
     config: EngineConfig,
+    group: RankGroup,
     assemble: Callable[[list[Tier], list[Tier]], StoragePlan],
     device_room: int,
     host_room: int,
@@ -105,7 +108,7 @@ def choose_tiers(
         rest_on_host = (
             0 if config.nvme_dir is not None else count - on_device
         )  # the drive costs more room for gradients
-        return device_peak(tiers(on_device, rest_on_host, rest_on_host), config, working_bytes)
+        return device_peak(tiers(on_device, rest_on_host, rest_on_host), config, group, working_bytes)
 
     least = device_need(0)
     if least > device_room and config.device_budget is None:
@@ -205,16 +208,16 @@ MAX_IN_FLIGHT = 2
 waits for the oldest."""
 
 
-def device_peak(plan: StoragePlan, config: EngineConfig, working_bytes: int) -> int:
+def device_peak(plan: StoragePlan, config: EngineConfig, group: RankGroup, working_bytes: int) -> int:
     """The most that is stored on the device at once when weights are freed as soon as may be. Gradients are counted as
     float32 sums of micro-batches."""
-    own_bytes = working_peak(plan.layout, plan.placements, config)
+    own_bytes = working_peak(plan.layout, plan.placements, config, group)
     return plan.tier_bytes(Tier.DEVICE) + max(own_bytes, working_bytes)
 
 
-def working_peak(layout: Layout, placements: list[ChunkPlacement], config: EngineConfig) -> int:
+def working_peak(layout: Layout, placements: list[ChunkPlacement], config: EngineConfig, group: RankGroup) -> int:
     """What the device needs at most beside what is at rest there, while an engine computes."""
-    return gathered_window(layout, placements, config) + gradient_peak(layout, placements, config, 2)
+    return gathered_window(layout, placements, config) + gradient_peak(layout, placements, config, group, 2)
 
 
 def gathered_window(layout: Layout, placements: list[ChunkPlacement], config: EngineConfig) -> int:
@@ -238,10 +241,10 @@ def group_bytes(layout: Layout, placements: list[ChunkPlacement]) -> list[int]:
 
 
 def gradient_peak(
-    layout: Layout, placements: list[ChunkPlacement], config: EngineConfig, accumulation_steps: int
+    layout: Layout, placements: list[ChunkPlacement], config: EngineConfig, group: RankGroup, accumulation_steps: int
 ) -> int:
-    """On the device, when the last gradient of a step has landed. Local gradients are whole; what they are reduced to
-    is this rank's part, in float32 once micro-batches are added."""
+    """On the device, while gradients land and are reduced. Local ones are whole; what they are reduced to is this
+    rank's part, in float32 once micro-batches are added."""
     trainable = [(s, p) for s, p in zip(layout.chunks, placements, strict=True) if s.trainable]
 
     def itemsize(spec: ChunkSpec) -> int:
@@ -250,22 +253,27 @@ def gradient_peak(
     whole = [spec.numel * itemsize(spec) for spec, _ in trainable]
     owned = sum(p.owned_numel * itemsize(s) for s, p in trainable if p.optimizer_tier is Tier.DEVICE)
     leave = any(placement.optimizer_tier is not Tier.DEVICE for _, placement in trainable)
-    if layout.world_size == 1 and not leave:
+    if not group.is_distributed and not leave:
         return sum(whole)
-    if config.zero_stage < 2 and accumulation_steps > 1 and layout.world_size > 1:
-        return sum(whole)
+    # What a reduction takes beside the local gradient: this rank's part where it is apart, and what is received.
+    beside = [
+        itemsize(s) * (group.scratch_numel(s.numel) + (p.owned_numel if p.owned_numel < s.numel else 0))
+        for s, p in trainable
+    ]
+    one_more = max(beside, default=0)  # begun before the oldest in flight is waited for
+    if config.zero_stage < 2 and accumulation_steps > 1 and group.is_distributed:
+        return sum(whole) + sum(sorted(beside)[-MAX_IN_FLIGHT:]) + one_more
     # Where something leaves. All chunks of a block land before the first of them is reduced.
-    everywhere = layout.world_size > 1
     passing = [
-        w if everywhere or p.optimizer_tier is not Tier.DEVICE else 0
+        w if group.is_distributed or p.optimizer_tier is not Tier.DEVICE else 0
         for w, (_, p) in zip(whole, trainable, strict=True)
     ]
     remaining = iter(passing)
     landing = [sum(next(remaining) for spec in group.chunks if spec.trainable) for group in layout.groups]
     # Sums on the drive come through memory to be added to.
     sums = [p.owned_numel * 4 for _, p in trainable if p.gradient_tier is Tier.NVME and accumulation_steps > 1]
-    in_flight = sum(sorted(passing)[-MAX_IN_FLIGHT:]) + sum(sorted(sums)[-MAX_IN_FLIGHT - 1 :])
-    return owned + max(landing, default=0) + in_flight
+    in_flight = sum(sorted(map(add, passing, beside))[-MAX_IN_FLIGHT:]) + sum(sorted(sums)[-MAX_IN_FLIGHT - 1 :])
+    return owned + max(landing, default=0) + in_flight + one_more
 
 
 def count_that_fit(sizes: Sequence[int], room: int) -> int:

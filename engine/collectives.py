@@ -32,17 +32,18 @@ class RankGroup:
     control: dist.ProcessGroup | None
     peers: PeerMemory | None = None
     """The ranks' memory, where all are on one host and compute on the CPU."""
+    on_gpu: bool = False
 
     @property
     def is_distributed(self) -> bool:
         return self.world_size > 1
 
-    def scratch_numel(self, full: torch.Tensor) -> int:
-        """What a reduction of `full` needs beside its result: the other ranks' slices, or pieces of them, which NCCL
-        does not hand out."""
-        if full.is_cuda or not self.is_distributed:
+    def scratch_numel(self, numel: int) -> int:
+        """What a reduction of `numel` elements needs beside its result: the other ranks' slices, or pieces of them,
+        which NCCL does not hand out."""
+        if self.on_gpu or not self.is_distributed:
             return 0
-        slice_numel = full.numel() // self.world_size
+        slice_numel = numel // self.world_size
         return (self.world_size - 1) * (min(slice_numel, PIECE_NUMEL) if self.reads_peers else slice_numel)
 
     @property
@@ -93,8 +94,8 @@ def make_rank_group(parent: dist.ProcessGroup | None, device: torch.device, time
         )
 
     transfers = new_group("nccl" if device.type == "cuda" else "gloo")
-    group = RankGroup(dist.get_rank(parent), world_size, transfers, new_group("gloo"))
-    return group if device.type == "cuda" else replace(group, peers=find_peers(group.gather_objects))
+    group = RankGroup(dist.get_rank(parent), world_size, transfers, new_group("gloo"), on_gpu=device.type == "cuda")
+    return group if group.on_gpu else replace(group, peers=find_peers(group.gather_objects))
 
 
 def _slices(full: torch.Tensor, world_size: int) -> list[torch.Tensor]:
@@ -150,7 +151,7 @@ def all_gather_(full: torch.Tensor, group: RankGroup, tag: int) -> None:
 
 def reduce_scatter(full: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor, group: RankGroup, tag: int) -> None:
     """out [numel / world_size] = the sum over ranks of this rank's slice of `full` [numel]; 16-bit sums are taken in
-    float32. `scratch` has `group.scratch_numel(full)` elements."""
+    float32. `scratch` has `group.scratch_numel(numel)` elements."""
     if full.is_meta:
         return
     slices = _slices(full, group.world_size)

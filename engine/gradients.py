@@ -144,7 +144,7 @@ class ChunkGradient:
         pool, group, owned_numel = self._traffic.pool, self._traffic.group, self.chunk.placement.owned_numel
         in_place = owned_numel == self.chunk.spec.numel
         part = local if in_place else pool.take(owned_numel, local.dtype)
-        received = pool.take(group.scratch_numel(local), local.dtype)
+        received = pool.take(group.scratch_numel(local.numel()), local.dtype)
 
         def exchange() -> None:
             if group.is_distributed:

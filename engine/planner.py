@@ -25,7 +25,7 @@ from .manager import Manager
 from .placement import StoragePlan
 from .plan_table import forecast_lines
 from .rates import Rates
-from .rehearsal import Forecast, rehearse
+from .rehearsal import Forecast, SimulatedGroup, rehearse
 from .shard import layout_specs, optimizer_groups, within
 from .tiers import Payload, Tier
 from .updater_choice import planned_updaters
@@ -165,7 +165,8 @@ def plan(
     machine = replace(machine, rates=rates)
     if manager is not None:
         machine = replace(machine, working_bytes=manager.working_bytes)
-    storage_plan = plan_storage(layout, config, 0, world_size, machine)
+    group = SimulatedGroup(0, world_size, None, None, on_gpu=machine.on_gpu)
+    storage_plan = plan_storage(layout, config, group, machine)
     forecast = None
     if step is not None:
         forecast = rehearse(
@@ -173,7 +174,7 @@ def plan(
             optimizer,
             step,
             options,
-            world_size=world_size,
+            group=group,
             accumulation_steps=accumulation_steps,
             machine=machine,
             rates=rates,
@@ -181,22 +182,22 @@ def plan(
         )
     at_rest = {tier: dict(payloads) for tier, payloads in storage_plan.at_rest().items()}
     if manager is not None:
-        _enter(manager, storage_plan, config)
+        _enter(manager, storage_plan, config, group)
     return Plan(
         config,
         layout,
         at_rest,
-        _gathered_peak(storage_plan, config),
-        gradient_peak(layout, storage_plan.placements, config, accumulation_steps)
-        + (_sums_on_device(storage_plan, config, machine.device_room) if accumulation_steps > 1 else 0),
+        _gathered_peak(storage_plan, config, group),
+        gradient_peak(layout, storage_plan.placements, config, group, accumulation_steps)
+        + (_sums_on_device(storage_plan, config, group, machine.device_room) if accumulation_steps > 1 else 0),
         forecast,
         planned_updaters(storage_plan, rates, accumulation_steps > 1, config.update_in_backward),
     )
 
 
-def _sums_on_device(storage_plan: StoragePlan, config: EngineConfig, device_room: int) -> int:
+def _sums_on_device(storage_plan: StoragePlan, config: EngineConfig, group: RankGroup, device_room: int) -> int:
     """Of gradients that leave after the last micro-batch: as a run decides it."""
-    if config.zero_stage < 2 and storage_plan.layout.world_size > 1:
+    if config.zero_stage < 2 and group.is_distributed:
         return 0  # nothing is summed before
     sizes = [
         4 * placement.owned_numel
@@ -204,21 +205,21 @@ def _sums_on_device(storage_plan: StoragePlan, config: EngineConfig, device_room
         if spec.trainable and placement.gradient_tier is not Tier.DEVICE
     ]
     budget = device_room if config.device_budget is None else config.device_budget
-    return sum(sizes[: count_that_fit(sizes, budget - device_peak(storage_plan, config, 0))])
+    return sum(sizes[: count_that_fit(sizes, budget - device_peak(storage_plan, config, group, 0))])
 
 
-def _enter(manager: Manager, storage_plan: StoragePlan, config: EngineConfig) -> None:
+def _enter(manager: Manager, storage_plan: StoragePlan, config: EngineConfig, group: RankGroup) -> None:
     """What an engine would have in its manager's ledger between two steps."""
     for tier, payloads in storage_plan.at_rest().items():
         for payload, nbytes in payloads.items():
             manager.ledger.add(tier, payload, nbytes)
-    manager.bounds[len(manager.bounds)] = working_peak(storage_plan.layout, storage_plan.placements, config)
+    manager.bounds[len(manager.bounds)] = working_peak(storage_plan.layout, storage_plan.placements, config, group)
 
 
-def _gathered_peak(storage_plan: StoragePlan, config: EngineConfig) -> int:
+def _gathered_peak(storage_plan: StoragePlan, config: EngineConfig, group: RankGroup) -> int:
     placements = storage_plan.placements
     window = gathered_window(storage_plan.layout, placements, config)
     if config.device_budget is None:
         return window
-    reserved = storage_plan.tier_bytes(Tier.DEVICE) + gradient_peak(storage_plan.layout, placements, config, 2)
+    reserved = storage_plan.tier_bytes(Tier.DEVICE) + gradient_peak(storage_plan.layout, placements, config, group, 2)
     return min(sum(group_bytes(storage_plan.layout, placements)), max(config.device_budget - reserved, window))

@@ -167,11 +167,6 @@ class SimulatedStore:
 class SimulatedGroup(RankGroup):
     """Ranks that all do the same."""
 
-    on_gpu: bool = False
-
-    def scratch_numel(self, full: torch.Tensor) -> int:
-        return 0 if self.on_gpu else super().scratch_numel(full)
-
     @property
     def reads_peers(self) -> bool:
         return can_read_own()
@@ -442,7 +437,7 @@ def rehearse(
     loss_of: Callable[[nn.Module], torch.Tensor],
     options: dict[str, Any],
     *,
-    world_size: int,
+    group: SimulatedGroup,
     accumulation_steps: int,
     machine: Machine,
     rates: Rates | None,
@@ -452,8 +447,7 @@ def rehearse(
     with every operation."""
     clocks = Clocks()
     manager = Manager()
-    ledger = Observer(clocks, rates, manager.ledger, world_size)
-    group = SimulatedGroup(0, world_size, None, None, on_gpu=machine.on_gpu)
+    ledger = Observer(clocks, rates, manager.ledger, group.world_size)
     on_meta = meta_copy(model)
     ours = meta_optimizer(model, optimizer, on_meta)
     config, _, parts, storage_plan = prepare(on_meta, ours, lambda: None, options, group, machine, manager)

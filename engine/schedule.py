@@ -2,6 +2,7 @@
 as the backward pass goes on. Where that pass stands is known here alone."""
 
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -62,8 +63,7 @@ class Schedule:
         self.count_placements()
         self.is_distributed = traffic.group.is_distributed
         self._in_backward = False
-        self._called: set[str] = set()  # units, since the last backward pass
-        self._called_twice: set[str] = set()
+        self._calls: Counter[str] = Counter()  # by unit: since the last backward pass, less those that it has done
         self._inputs: dict[int, weakref.ref[torch.Tensor]] = {}  # of units, since the last backward pass
         self._done: dict[ChunkGroup, set[str]] = {}  # units of each group, in this backward pass
         self._reduced: set[ChunkGroup] = set()  # in this backward pass
@@ -85,10 +85,11 @@ class Schedule:
     def count_placements(self) -> None:
         """What follows from where the chunks are."""
         placements = [chunk.placement for group in self.groups for chunk in group.chunks]
+        stored = self._layout, placements, self._config, self._traffic.group
         self._gradients_leave = any(placement.gradient_tier is not Tier.DEVICE for placement in placements)
-        self._gradient_peaks = [gradient_peak(self._layout, placements, self._config, count) for count in (1, 2)]
+        self._gradient_peaks = [gradient_peak(*stored, count) for count in (1, 2)]
         self._window_length = window_length(placements, self._config)
-        self._manager.bounds[self.number] = working_peak(self._layout, placements, self._config)
+        self._manager.bounds[self.number] = working_peak(*stored)
 
     @property
     def _gradient_peak(self) -> int:
@@ -270,11 +271,8 @@ class Schedule:
         self.touched.add(slot.fqn)
 
     def unit_forward(self, unit: str) -> None:
-        """A forward call of `unit` that a backward pass may follow. One that is called twice is not done with when its
-        gradient has arrived at one of the calls."""
-        if unit in self._called:
-            self._called_twice.add(unit)
-        self._called.add(unit)
+        """A forward call of `unit` that a backward pass may follow."""
+        self._calls[unit] += 1
 
     def was_input(self, tensor: torch.Tensor) -> bool:
         """Whether an earlier unit took `tensor` too, as decoder blocks take the encoder's output: its gradient is
@@ -284,9 +282,11 @@ class Schedule:
         return seen is not None and seen() is tensor
 
     def unit_done(self, unit: str, groups: list[ChunkGroup]) -> None:
-        """The backward pass of `unit` is over. A group is reduced when that of all its units is, and where there are
-        other ranks, when all groups after it have been: one order for all, also where a rank skipped a unit."""
-        if unit in self._called_twice:
+        """The backward pass of a call of `unit` is over. A group is reduced when those of all its units' calls are, and
+        where there are other ranks, when all groups after it have been: one order for all, also where a rank skipped a
+        unit. One with a call that this pass does not reach is left to the end."""
+        self._calls[unit] -= 1
+        if self._calls[unit] > 0:
             return
         for group in groups:
             self._done.setdefault(group, set()).add(unit)
@@ -362,8 +362,7 @@ class Schedule:
         self._in_backward = False
         self._has_landed = False
         self._next_reduce = len(self.groups) - 1
-        self._called.clear()
-        self._called_twice.clear()
+        self._calls.clear()
         self._inputs.clear()
         self._done.clear()
         self._reduced.clear()

@@ -319,7 +319,7 @@ def prepare(
         config.max_chunk_numel,
         StatePrecision(config.state_precision).slot_multiple,
     )
-    storage_plan = plan_storage(layout, config, rank_group.rank, rank_group.world_size, machine)
+    storage_plan = plan_storage(layout, config, rank_group, machine)
     if config.placement == "auto" and config.device_budget is None:
         config = replace(config, device_budget=machine.device_room)
     check_budgets(storage_plan, config)

@@ -19,7 +19,7 @@ def _collect(group, dtype):
     for numel in SLICE_NUMEL:
         generator = torch.Generator().manual_seed(100 * numel + group.rank)
         full = torch.randn(numel * group.world_size, generator=generator).to(dtype)
-        scratch = torch.empty(group.scratch_numel(full), dtype=dtype)
+        scratch = torch.empty(group.scratch_numel(full.numel()), dtype=dtype)
         out = torch.empty(numel, dtype=dtype)
         reduce_scatter(full, out, scratch, group, tag=3)
         summed = full.clone()

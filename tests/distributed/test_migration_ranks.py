@@ -1,6 +1,8 @@
 """placement="auto" at two ranks: spare device memory takes the same optimizer shards on both, at the same step, and no
 bit changes; a rank that has no memory for it fails both."""
 
+import re
+
 import megalith.engine as engine
 import pytest
 import torch
@@ -15,9 +17,9 @@ MICRO_STEPS = [1, 1, 1, 2, 2, 1]
 """The sums of micro-batches need more than was measured."""
 VARIANTS = [
     (0.85, {"precision": "fp32"}),
-    (0.5, {"precision": "bf16", "prefetch": 2}),
-    (0.6, {"precision": "bf16", "state_precision": "8bit"}),
-    (0.55, {"precision": "bf16", "zero_stage": 2}),
+    (0.6, {"precision": "bf16", "prefetch": 2}),
+    (0.7, {"precision": "bf16", "state_precision": "8bit"}),
+    (0.65, {"precision": "bf16", "zero_stage": 2}),
 ]
 
 
@@ -68,10 +70,27 @@ def test_both_ranks_promote_the_same_and_keep_every_bit():
             assert len(history[3]) < len(history[2]), options
 
 
+def _keep_budgets(rank, world_size):
+    peaks = []
+    for options in ({"precision": "fp32"}, {"precision": "bf16"}, {"precision": "fp32", "zero_stage": 1}):
+        with pytest.raises(engine.OutOfBudgetError) as refusal:
+            build(placement="auto", device_budget=1000, **options)
+        least = int(re.search(r"take (\d+)", str(refusal.value))[1])
+        ours = build(placement="auto", device_budget=least, **options)
+        train_steps(*ours, rank, [1, 1, 1, 1])
+        peaks.append((peak(ours[0]), least))
+    return peaks
+
+
+def test_the_least_budget_is_kept():
+    for peaks in run_ranks(2, _keep_budgets):
+        assert all(ours <= budget for ours, budget in peaks), peaks
+
+
 def _fail(rank, world_size):
     plain = build(precision="bf16")
     train_steps(*plain, rank, [1, 1, 1])
-    model, optimizer = build(precision="bf16", placement="auto", device_budget=peak(plain[0]) // 2)
+    model, optimizer = build(precision="bf16", placement="auto", device_budget=peak(plain[0]) * 2 // 3)
     train_steps(model, optimizer, rank, [1])
     allocate = Storage.device_zeros
 

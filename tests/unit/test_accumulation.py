@@ -142,6 +142,21 @@ def test_blocks_that_compute_again_let_their_gradients_go_once(reentrant):
     assert left == [4 * numel, 4 * numel, 3 * 4 * numel, 4 * numel]  # three were not expected after one
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_model_that_is_called_twice_before_a_backward_pass_lets_its_gradients_go_on_the_way(world_size):
+    def gradient_peak(loss_of):
+        plan = engine.plan(llama(), step=loss_of, world_size=world_size, placement="host", max_chunk_numel=100)
+        return plan.forecast.memory["device"]["gradient"]["peak_bytes"]
+
+    once = gradient_peak(on_meta)
+    assert gradient_peak(lambda model: on_meta(model) + on_meta(model)) == once
+    if world_size == 1:
+        model, optimizer = initialized(llama, placement="host")
+        optimizer.backward(language_loss(model, 0) + language_loss(model, 1))
+        optimizer.step()
+        assert engine.memory_report(model)["device"]["gradient"]["peak_bytes"] == once
+
+
 def test_the_plan_has_the_peaks_of_a_run_with_sums_on_the_device():
     for options in ({"precision": "bf16"}, {"device_budget": rest_on_device(placement="host")}):
         options = {"placement": "host", "max_chunk_numel": 100, "max_grad_norm": 1.0, **options}

@@ -1,5 +1,6 @@
 """placement="auto": within every budget, on the fastest memory that has room, and the bits of the device."""
 
+import re
 from functools import cache
 
 import megalith.engine as engine
@@ -19,7 +20,10 @@ from tiny import batches, make_model
 
 
 def language_loss(model, step):
-    rows = batches(60)[step]
+    return language_loss_of(model, batches(60)[step])
+
+
+def language_loss_of(model, rows):
     return model(input_ids=rows, labels=rows).loss
 
 
@@ -70,6 +74,35 @@ def test_every_budget_is_kept_and_changes_no_bit(precision, tmp_path):
     with_room = slow[0::2]
     assert [host for host, _ in with_room] == sorted((host for host, _ in with_room), reverse=True)
     assert with_room[0][0] > with_room[1][0] > with_room[2][0] > with_room[3][0] == 0, "spare device memory is used"
+
+
+RANKS = [
+    (2, 3, "fp32", 1),
+    (2, 3, "bf16", 3),
+    (4, 3, "fp32", 1),
+    (2, 2, "fp32", 3),
+    (2, 1, "fp32", 1),
+    (4, 1, "bf16", 3),
+]
+
+
+@pytest.mark.parametrize(("world_size", "zero_stage", "precision", "micro_steps"), RANKS)
+def test_every_budget_is_kept_at_several_ranks(world_size, zero_stage, precision, micro_steps):
+    """Reductions take what each rank receives, and its part of the sum, beside whole gradients."""
+    options = {"placement": "auto", "zero_stage": zero_stage, "precision": precision, "max_chunk_numel": 20_000}
+    with pytest.raises(engine.OutOfBudgetError) as refusal:
+        engine.plan(llama(), world_size=world_size, device_budget=1000, **options)
+    least = int(re.search(r"take (\d+)", str(refusal.value))[1])
+    for budget in (least, least * 5 // 4):
+        planned = engine.plan(
+            llama(),
+            step=lambda model: language_loss_of(model, torch.empty(2, 12, dtype=torch.long, device="meta")),
+            world_size=world_size,
+            accumulation_steps=micro_steps,
+            device_budget=budget,
+            **options,
+        )
+        assert planned.peak_bytes[Tier.DEVICE] <= budget
 
 
 def test_the_host_takes_weights_before_state(tmp_path):

@@ -144,11 +144,11 @@ def test_a_plan_chooses_in_the_order_in_which_a_run_updates():
         (f"block{i}", [ParamSpec(f"w{i}", (size,), torch.float32, True, 0)]) for i, size in enumerate((64, 64, 256))
     ]
     layout, config = pack(specs, 1, 2**20, 1), EngineConfig(placement="host")
-    plan = plan_storage(layout, config, 0, 1, Machine(False, 10**9, 10**9, rates=rates))
+    plan = plan_storage(layout, config, RankGroup(0, 1, None, None), Machine(False, 10**9, 10**9, rates=rates))
     assert planned_updaters(plan, rates, False, in_backward=False) == {Tier.HOST: 2, Tier.DEVICE: 1}
     assert planned_updaters(plan, rates, False, in_backward=True) == {Tier.HOST: 1, Tier.DEVICE: 2}
     assert planned_updaters(plan, None, False, in_backward=False) == {Tier.HOST: 3, Tier.DEVICE: 0}
-    without = plan_storage(layout, config, 0, 1, Machine(False, 10**9, 10**9))
+    without = plan_storage(layout, config, RankGroup(0, 1, None, None), Machine(False, 10**9, 10**9))
     assert planned_updaters(without, rates, False, in_backward=False) == {Tier.HOST: 3, Tier.DEVICE: 0}
 
 
