@@ -7,6 +7,7 @@ real ones, so both go through one parser, with one set of types, aliases and err
 import argparse
 import dataclasses
 import importlib.util
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -232,6 +233,8 @@ def parse(groups, argv, prog):
         if not flag.startswith("-"):
             raise InputError(f"unexpected argument '{flag}' (see {prog} --help)")
         raise InputError(f"unknown flag '{flag}'{nearest(flag, known)} (see {prog} --help)")
+    for name, value in resolved(filled).items():
+        _require(not isinstance(value, float) or math.isfinite(value), name, value, "finite")
     return tuple(filled)
 
 

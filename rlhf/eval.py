@@ -104,9 +104,10 @@ def evaluate(model_args, strategy_args, eval_args, rollout_args):
     device = choose_device(strategy_args.device)
     preparation = Preparation(device, engine_options(strategy_args, device, None, eval_args.seed), None)
     source = load_source(model_args)
-    sources = {"model": source, "baseline": load_source(replace(model_args, pretrain=eval_args.baseline, model="auto"))}
-    if eval_args.rm_path:
-        sources["judge"] = load_source(replace(model_args, pretrain=eval_args.rm_path, model="auto"))
+    sources = {"model": source}
+    for name, option, other in (("baseline", "baseline", eval_args.baseline), ("judge", "rm_path", eval_args.rm_path)):
+        if other:
+            sources[name] = load_source(replace(model_args, pretrain=other, model="auto"), f"--{option}")
     for name, other in sources.items():
         if other.tokenizer.get_vocab() != source.tokenizer.get_vocab():
             raise InputError(f"the {name} has another tokenizer than --pretrain, so it cannot read the same tokens")

@@ -99,17 +99,17 @@ class Source:
     folder: str | None
 
 
-def load_source(model_args):
+def load_source(model_args, option="--pretrain"):
     """Resolve --pretrain, --model and --tokenizer. Raises InputError for whatever is missing or does not fit
-    together.
+    together. `option`: what the user calls the folder of `model_args.pretrain`.
     """
     if Path(model_args.pretrain).is_dir():
-        source = _from_folder(model_args.pretrain, model_args.tokenizer)
+        source = _from_folder(model_args.pretrain, model_args.tokenizer, option)
     elif model_args.pretrain in PRESETS:
         source = _from_preset(model_args.pretrain, model_args.tokenizer)
     else:
         raise InputError(
-            f"--pretrain {model_args.pretrain}: no such folder, and no preset of that name"
+            f"{option} {model_args.pretrain}: no such folder, and no preset of that name"
             f"{nearest(model_args.pretrain, PRESETS)} (presets: {', '.join(PRESETS)})"
         )
     family = source.config.model_type
@@ -123,20 +123,20 @@ def load_source(model_args):
     return source
 
 
-def _from_folder(folder, tokenizer_folder):
+def _from_folder(folder, tokenizer_folder, option):
     if holds_adapters(folder):
         folder = merged_folder(folder)
     if not os.path.isfile(os.path.join(folder, "config.json")):
-        raise InputError(f"--pretrain {folder}: has no config.json")
+        raise InputError(f"{option} {folder}: has no config.json")
     if not any(Path(folder).glob("*.safetensors")):
         raise InputError(
-            f"--pretrain {folder}: has no *.safetensors file (weights in pickle files are not read: load them with "
+            f"{option} {folder}: has no *.safetensors file (weights in pickle files are not read: load them with "
             "transformers and call save_pretrained, which writes safetensors)"
         )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"--pretrain {folder}: config.json cannot be used: {error}") from None
+        raise InputError(f"{option} {folder}: config.json cannot be used: {error}") from None
     return Source(config, load_tokenizer(tokenizer_folder or folder), folder)
 
 

@@ -9,8 +9,10 @@ from transformers import get_scheduler
 from transformers.hf_argparser import HfArg
 
 from .. import engine
+from ..engine.pretrained import PretrainedFolder
+from ..engine.safetensors_io import SafetensorsFileError
 from . import shared_base
-from .errors import require
+from .errors import InputError, require
 from .learner import Trained
 from .lora import ADAPTER, add_adapters, stored_name
 from .lora import NEW_PARAMETERS as ADAPTER_PARAMETERS
@@ -74,10 +76,21 @@ class Unplaced:
     statistics: tuple[float, float] = (0.0, 1.0)
     """Mean and std of the scores, where they are to be normalised."""
 
+    @property
+    def _in_folder(self):
+        return {"allow_missing": self.allow_missing, "stored_name": self.stored_name} if self.folder else {}
+
+    def check(self):
+        """Raises InputError where the weights in the folder are not the model's."""
+        if self.folder:
+            try:
+                PretrainedFolder(self.folder, self.model, **self._in_folder)
+            except (ValueError, SafetensorsFileError) as error:
+                raise InputError(str(error)) from None
+
     def initialize(self, optimizer, device, options, manager=None):
-        given = {"allow_missing": self.allow_missing, "stored_name": self.stored_name} if self.folder else {}
         return engine.initialize(
-            self.model, optimizer, pretrained=self.folder, device=device, manager=manager, **given, **options
+            self.model, optimizer, pretrained=self.folder, device=device, manager=manager, **self._in_folder, **options
         )
 
 
@@ -102,8 +115,8 @@ def unplaced_critic(source, gradient_checkpointing=False, lora_args=None, seed=0
 
 
 def unplaced_reward_model(source, normalize=False):
-    """Raises nothing where the folder has no head: that is the caller's decision (see `rl_setup`). `normalize`: by what
-    the folder's configuration says of its scores; InputError where it says nothing."""
+    """Random where the folder has no head, which a caller refuses by its `allow_missing` (see `rl_setup`). `normalize`:
+    by what the folder's configuration says of its scores; InputError where it says nothing."""
     statistics = normalization(source.config) if normalize else (0.0, 1.0)
     model = build_reward_model(source)
     return frozen(Unplaced(model, source.folder, HEAD_PARAMETERS, source=source, statistics=statistics))

@@ -27,7 +27,12 @@ def load_function(name):
         raise InputError(f"--reward_function {name}: {path} is no file")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's program raises
+        raise InputError(
+            f"--reward_function {name}: {path} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise InputError(f"--reward_function {name}: {path} has no function '{function_name}'")

@@ -171,6 +171,8 @@ def prepare(options):
             f"--lora_dropout {options.lora.lora_dropout}: the policy that learns has to be the one that answered: 0"
         )
     models = unplaced_models(options)
+    for unplaced in models.values():
+        unplaced.check()
     source = models["actor"].source
     prompts, dropped = read_prompts(
         prompt_args.prompts,
@@ -208,10 +210,10 @@ def unplaced_models(options):
     checkpointing = options.model.gradient_checkpointing
     normalize = options.score.normalize_reward and judge_args.rm_path is not None
 
-    def other(folder):
+    def other(option, folder):
         if folder is None:
             return source
-        found = load_source(replace(options.model, pretrain=folder, model="auto"))
+        found = load_source(replace(options.model, pretrain=folder, model="auto"), option)
         if found.tokenizer.get_vocab() != source.tokenizer.get_vocab():
             raise InputError(f"{folder} has another tokenizer than --pretrain, so it cannot read the policy's tokens")
         return found
@@ -225,12 +227,15 @@ def unplaced_models(options):
             shared = replace(shared, statistics=statistics_of(rm_path))
         return {"actor": shared}
     if options.critic is not None:
-        critic_source = other(options.critic.critic_pretrain or judge_args.rm_path)
+        given = options.critic.critic_pretrain
+        critic_source = other("--critic_pretrain", given) if given else other("--rm_path", judge_args.rm_path)
         models["critic"] = ppo_models.unplaced_critic(critic_source, checkpointing, lora_args, seed, normalize)
     if options.score.kl_coef > 0 and not lora_args.lora_rank:
         models["reference"] = ppo_models.frozen(ppo_models.unplaced_actor(source))
     if judge_args.is_model:
-        models["reward"] = ppo_models.unplaced_reward_model(other(judge_args.rm_path), normalize)
+        models["reward"] = ppo_models.unplaced_reward_model(other("--rm_path", judge_args.rm_path), normalize)
+        if judge_args.rm_path is not None:  # without its head it has nothing to say
+            models["reward"] = replace(models["reward"], allow_missing=())
     return models
 
 

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import re
 import shutil
 import threading
 
@@ -107,6 +108,12 @@ def test_trained_models_judge_and_are_trained_on(folder, capsys):
         train_ppo.main(argv)
     output = capsys.readouterr()
     assert "has no 'mean' and 'std'" in output.err
+    for option, folder_given, missing in (("--rm_path", "actor", "score.weight"), ("--pretrain", "critic", "lm_head")):
+        with pytest.raises(SystemExit):  # a language model is no judge, and a critic no policy
+            train_ppo.main([*argv, option, str(folder / "first" / folder_given), "--normalize_reward", "false"])
+        assert re.search(
+            f"error: .*/{folder_given} is not a checkpoint .*\n.*missing: {missing}", capsys.readouterr().err
+        )
     config = json.loads((judge / "config.json").read_text())
     (judge / "config.json").write_text(json.dumps({**config, "mean": 0.5, "std": 2.0}))
     train_ppo.main(argv)
@@ -218,12 +225,14 @@ def test_a_server_judges():
 
 
 def test_functions_are_found_or_named(folder):
+    (folder / "broken.py").write_text("\ndef reward(:\n")
     given = {"prompts": ["x"], "completions": ["aab"], "goal": ["2"]}
     assert call_reward(load_function(f"{folder}/judge.py:reward"), given, 1) == [1.0]
     for name, message in (
         (f"{folder}/judge.py:other", "has no function 'other'"),
         (f"{folder}/none.py:reward", "is no file"),
         ("reward", "has to be FILE.py:FUNCTION"),
+        (f"{folder}/broken.py:reward", "broken.py cannot be imported: SyntaxError: .* line 2"),
     ):
         with pytest.raises(InputError, match=message):
             load_function(name)
@@ -285,6 +294,8 @@ def test_an_epoch_visits_every_prompt_once():
         (["--max_length", "4"], "--max_length is 4; it has to be more than a prompt's 5 tokens"),
         (["--reward_url", "localhost:5000"], "--reward_url is localhost:5000; it has to be an http:// or https://"),
         (["--lora_rank", "2", "--lora_dropout", "0.1"], "--lora_dropout 0.1: the policy that learns has to be the one"),
+        (["--lr", "inf"], "--lr is inf; it has to be finite"),
+        (["--rm_path", "nowhere"], "--rm_path nowhere: no such folder"),
         (["--seed", "-1"], "--seed is -1; it has to be at least 0"),
     ],
 )
