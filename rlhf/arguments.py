@@ -55,7 +55,15 @@ class LoraArguments:
         _require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "at least 0")
         _require(self.lora_alpha is None or self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "> 0")
         _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "at least 0 and below 1")
-        _require(not (self.lora_merge and not self.lora_rank), "lora_merge", True, "false without --lora_rank")
+        if not self.lora_rank:
+            for field in dataclasses.fields(self):
+                value = getattr(self, field.name)
+                _require(value == field.default, field.name, value, f"{field.default} without --lora_rank")
+
+    @property
+    def saves_adapters(self):
+        """Whether a run saves adapters in place of a whole model."""
+        return bool(self.lora_rank) and not self.lora_merge
 
 
 @dataclass(frozen=True)
@@ -141,7 +149,7 @@ class OptimizationArguments:
 
     def __post_init__(self):
         for name in ("batch_size", "accumulation_steps", "lr", "max_grad_norm", "max_epochs"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
+            _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "> 0 and finite")
         _require(self.max_steps is None or self.max_steps > 0, "max_steps", self.max_steps, "> 0")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
         for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):

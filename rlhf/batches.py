@@ -19,7 +19,8 @@ from .templates import Sample
 
 @dataclass(frozen=True)
 class SampleSet:
-    samples: tuple  # of Samples, Packs or Comparisons: whatever has a length, loss_tokens, attended, arrays, blank
+    # Samples, Packs or Comparisons: whatever has a length, loss_tokens, positions, attended, arrays, blank
+    samples: tuple
     truncated: int  # cut to the length; a Sample on the right, and then it keeps no end-of-sequence label
     dropped: int  # nothing to learn was left within the length
 

@@ -43,9 +43,17 @@ def _usage():
 
 def _launch(module, nproc_per_node, argv):
     """Run `module` under torchrun on this machine, as `torchrun --standalone --nproc_per_node N -m MODULE …` would."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    torchrun(["--standalone", "--nproc_per_node", nproc_per_node, "-m", module, *argv])
+    if not (nproc_per_node.isdigit() and int(nproc_per_node)):
+        raise InputError(f"--nproc_per_node {nproc_per_node}: has to be a number of processes")
+    try:
+        torchrun(["--standalone", "--nproc_per_node", nproc_per_node, "-m", module, *argv])
+    except ChildFailedError as error:
+        if error.get_first_failure()[1].exitcode != 2:
+            raise
+        sys.exit(2)  # a rank has said what is wrong with the input
 
 
 def _imported(module):

@@ -59,9 +59,12 @@ def _run(argv):
     pieces = [piece for piece in cut(text, options.max_chars) if piece.strip()]
     if not pieces:
         raise InputError(f"{options.input}: has no text")
-    with options.output.open("w", encoding="utf-8") as file:
-        for piece in tqdm(pieces, unit="row", dynamic_ncols=True):
-            file.write(json.dumps({"text": piece}, ensure_ascii=False) + "\n")
+    try:
+        with options.output.open("w", encoding="utf-8") as file:
+            for piece in tqdm(pieces, unit="row", dynamic_ncols=True):
+                file.write(json.dumps({"text": piece}, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise InputError(f"{options.output}: cannot be written: {error.strerror}") from None
     print(f"{options.output}: {len(pieces)} rows, {len(text)} characters")
 
 

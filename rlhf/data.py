@@ -7,6 +7,7 @@ differently.
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,11 +65,14 @@ def read_rows(path, limit=None):
     """
     text = _read_text(path)
     objects = _array_items(path, text) if text.lstrip().startswith("[") else _jsonl_items(path, text)
+    may_be_cut = "\\ud" in text or "\\uD" in text  # JSON can say what UTF-8 cannot
     rows = []
     for line, values in objects:
         source = f"{path}, line {line}"
         if not isinstance(values, dict):
             raise InputError(f"{source}: a row has to be an object, this one is {type(values).__name__}")
+        if may_be_cut and re.search("[\ud800-\udfff]", json.dumps(values, ensure_ascii=False)):
+            raise InputError(f"{source}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no character")
         rows.append(Row(values, source))
         if len(rows) == limit:
             break
@@ -188,8 +192,10 @@ def _from_messages(key):
         messages = messages_of(row, key, row.values[key])
         if not any(message["role"] == "assistant" for message in messages):
             raise InputError(f"{row.source}: field '{key}' has no assistant turn, so there is nothing to train on")
-        tools = row.values.get("tools")
-        return Conversation(tuple(messages), row.source, tuple(tools) if tools else None)
+        tools = row.values.get("tools") or []
+        if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+            raise InputError(f"{row.source}: field 'tools' has to be a list of objects")
+        return Conversation(tuple(messages), row.source, tuple(tools) or None)
 
     return convert
 

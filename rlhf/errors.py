@@ -1,5 +1,6 @@
 """One class for what the user can mend, and the way such an error leaves the program."""
 
+import contextlib
 import difflib
 import os
 import sys
@@ -7,6 +8,18 @@ import sys
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message names it, its value and what to do next."""
+
+
+@contextlib.contextmanager
+def naming_input(*kinds):
+    """Errors of these kinds, by which the engine says what is wrong with folders, budgets and numbers that the user
+    gave, as InputErrors of one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except kinds as error:
+        raise InputError(" ".join(str(error).split())) from None
 
 
 def require(holds, name, value, wanted):

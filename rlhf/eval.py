@@ -10,12 +10,12 @@ import json
 import math
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 from transformers.hf_argparser import HfArg
 
 from .arguments import ModelArguments, StrategyArguments, parse, write_config
+from .checkpoints import open_folder
 from .data import write_rows
 from .errors import InputError, exit_on_input_error, require
 from .eval_report import html_page, text_table
@@ -26,7 +26,7 @@ from .models import build_on_meta, disable_dropout, load_source
 from .prompts import read_prompts
 from .reward_model import build_reward_model
 from .rewards import load_function
-from .rollout import RolloutArguments
+from .rollout import RolloutArguments, check_room
 from .strategy import check_world_size, choose_device, engine_options, process_group
 from .tokenizer import pad_id
 from .training import Preparation, load_into_engine
@@ -116,7 +116,7 @@ def evaluate(model_args, strategy_args, eval_args, rollout_args):
     prompts, dropped = read_prompts(
         eval_args.prompts, tokenizer, eval_args.prompt_format, eval_args.max_prompt_len, eval_args.max_datasets_size
     )
-    folder = Path(eval_args.save_path)
+    folder = open_folder(eval_args.save_path)
 
     with process_group(device) as ranks:
 
@@ -127,6 +127,8 @@ def evaluate(model_args, strategy_args, eval_args, rollout_args):
             return load_into_engine(model, None, sources[name], preparation, allow_missing=())[0].eval()
 
         models = {name: place(name, build_on_meta) for name in ("model", "baseline")}
+        for model in models.values():
+            check_room(model, prompts, rollout_args, eval_args.prompts)
         reward = judge or place("judge", build_reward_model)
         results = {}
         for name, model in models.items():
@@ -165,7 +167,6 @@ def evaluate(model_args, strategy_args, eval_args, rollout_args):
 
 
 def write_report(folder, report, samples, shown, groups):
-    folder.mkdir(parents=True, exist_ok=True)
     write_config(folder / "arguments.yaml", groups)
     (folder / "eval.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     write_rows(folder / "samples.jsonl", samples)

@@ -28,6 +28,9 @@ NEW_PARAMETERS = ("*.lora_A.*", "*.lora_B.*")  # what a folder of base weights l
 HEAD = "score"
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 STATISTICS_FILE = "score_statistics.json"
+RANDOM_BASE_WARNING = (
+    "warning: the adapters' base is a preset's random weights, which are not saved: use the adapters with --lora_merge"
+)
 
 
 def add_adapters(model, lora_args, seed, adapter=ADAPTER, config=None):
@@ -41,12 +44,13 @@ def add_adapters(model, lora_args, seed, adapter=ADAPTER, config=None):
     """
     if not lora_args.lora_rank:
         return model
-    targets = lora_args.lora_target_modules
+    wanted = lora_args.lora_target_modules
+    targets = [name.strip() for name in wanted.split(",")]
     config = config or LoraConfig(
         r=lora_args.lora_rank,
         lora_alpha=lora_args.lora_alpha or 2 * lora_args.lora_rank,
         lora_dropout=lora_args.lora_dropout,
-        target_modules=targets if targets == "all-linear" else targets.split(","),
+        target_modules=targets[0] if targets == ["all-linear"] else targets,
         use_rslora=lora_args.use_rslora,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2 stores W transposed
         task_type="SEQ_CLS" if hasattr(model, HEAD) else "CAUSAL_LM",
@@ -54,12 +58,15 @@ def add_adapters(model, lora_args, seed, adapter=ADAPTER, config=None):
     try:
         inject_adapter_in_model(config, model, adapter)
     except ValueError as error:
-        raise InputError(f"--lora_target_modules {targets}: {error}") from None
+        raise InputError(f"--lora_target_modules {wanted}: {error}") from None
+    for target in targets if targets != ["all-linear"] else ():
+        if not any(f".{name}".endswith(f".{target}") for name in adapted_layers(model)):
+            raise InputError(f"--lora_target_modules {wanted}: the model has no layer called {target}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name, layer in adapted_layers(model).items():
             if not isinstance(layer, LoraLinear):
-                raise InputError(f"--lora_target_modules {targets}: {name} is no linear layer; only those are adapted")
+                raise InputError(f"--lora_target_modules {wanted}: {name} is no linear layer; only those are adapted")
             if adapter in layer.lora_A:
                 layer.lora_A[adapter].to_empty(device="cpu")
                 layer.lora_B[adapter].to_empty(device="cpu")

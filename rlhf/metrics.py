@@ -2,6 +2,7 @@
 rank only.
 """
 
+import contextlib
 import json
 import resource
 from pathlib import Path
@@ -70,6 +71,18 @@ def memory_table(report):
     return "\n".join([f"{'tier':<8}{'payload':<12}{'MB now':>12}{'MB at peak':>12}", *rows])
 
 
+def reopened(path, first_step):
+    """A file of JSON rows that hold a `step`, open at its end for writing, without the rows beyond `first_step`. A
+    run that was killed may have left half a row, which it writes again."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").split("\n") if first_step and path.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= first_step:
+                kept.append(line + "\n")
+    path.write_text("".join(kept), encoding="utf-8")
+    return path.open("a", buffering=1, encoding="utf-8")
+
+
 class MetricsLog:
     """Writes rows of numbers that hold a `step`. On other ranks than the first every method does nothing.
 
@@ -84,14 +97,7 @@ class MetricsLog:
         )
         if not enabled:
             return
-        path = Path(folder) / "metrics.jsonl"
-        kept = (
-            [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= first_step]
-            if first_step
-            else []
-        )
-        path.write_text("".join(line + "\n" for line in kept))
-        self._file = path.open("a", buffering=1)
+        self._file = reopened(Path(folder) / "metrics.jsonl", first_step)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # takes seconds to import, and one rank needs it
 

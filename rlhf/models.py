@@ -90,6 +90,9 @@ PRESETS = {
 }
 
 
+LEARNED_POSITIONS = ("gpt2", "opt", "gpt_neo", "gpt_bigcode", "openai-gpt")
+
+
 @dataclass(frozen=True)
 class Source:
     """What --pretrain stands for: a configuration, its tokenizer, and the folder of its weights (None: random ones)."""
@@ -170,6 +173,18 @@ def build_on_meta(source, gradient_checkpointing=False):
     if gradient_checkpointing:
         enable_checkpointing(model)
     return model
+
+
+def check_positions(config, samples):
+    """Raises InputError where one of `samples` is longer than the positions that a model has learned embeddings for;
+    rotary positions and ALiBi go on."""
+    if config.model_type not in LEARNED_POSITIONS:
+        return
+    longest, limit = max((sample.positions for sample in samples), default=0), config.max_position_embeddings
+    if longest > limit:
+        raise InputError(
+            f"a row has {longest} tokens, and the {config.model_type} model has {limit} positions: lower --max_len"
+        )
 
 
 def enable_checkpointing(model):

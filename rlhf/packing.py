@@ -30,6 +30,10 @@ class Pack:
         return sum(document.loss_tokens for document in self.documents)
 
     @property
+    def positions(self):
+        return max(document.positions for document in self.documents)
+
+    @property
     def attended(self):
         return sum(document.attended for document in self.documents)
 

@@ -12,7 +12,7 @@ from .. import engine
 from ..engine.pretrained import PretrainedFolder
 from ..engine.safetensors_io import SafetensorsFileError
 from . import shared_base
-from .errors import InputError, require
+from .errors import naming_input, require
 from .learner import Trained
 from .lora import ADAPTER, add_adapters, stored_name
 from .lora import NEW_PARAMETERS as ADAPTER_PARAMETERS
@@ -83,10 +83,8 @@ class Unplaced:
     def check(self):
         """Raises InputError where the weights in the folder are not the model's."""
         if self.folder:
-            try:
+            with naming_input(ValueError, SafetensorsFileError):
                 PretrainedFolder(self.folder, self.model, **self._in_folder)
-            except (ValueError, SafetensorsFileError) as error:
-                raise InputError(str(error)) from None
 
     def initialize(self, optimizer, device, options, manager=None):
         return engine.initialize(

@@ -6,6 +6,7 @@ HH-RLHF's strings with "\\n\\nHuman:" and "\\n\\nAssistant:"), or as ColossalCha
 Rankings of K answers are `{"prompt", "responses"}`, best first, or with a `rank` each: 1 is best, equal ranks are ties.
 """
 
+import math
 import re
 from dataclasses import dataclass, replace
 
@@ -43,6 +44,10 @@ class Comparison:
     @property
     def loss_tokens(self):
         return sum(answer.loss_tokens for answer in self.answers)
+
+    @property
+    def positions(self):
+        return max(answer.positions for answer in self.answers)
 
     @property
     def attended(self):
@@ -101,13 +106,13 @@ def _answer(row, key, prompt):
 
 
 def _margin(row):
-    if row.values.get("score_chosen") is not None and row.values.get("score_rejected") is not None:
-        values = [row.values["score_chosen"], row.values["score_rejected"]]
-    else:
-        values = [row.values.get("margin") or 0.0, 0.0]
-    if not all(isinstance(value, int | float) for value in values):
-        raise InputError(f"{row.source}: margin and scores have to be numbers")
-    return float(values[0] - values[1])
+    given = [row.values.get(name) for name in ("score_chosen", "score_rejected")]
+    if given == [None, None]:
+        margin = row.values.get("margin")
+        given = [0.0 if margin is None else margin, 0.0]
+    if any(isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v) for v in given):
+        raise InputError(f"{row.source}: margin, or score_chosen and score_rejected, have to be finite numbers")
+    return float(given[0] - given[1])
 
 
 def _from_pair(prompt_key):

@@ -69,14 +69,20 @@ def _prompt_messages(row, key):
 
 
 def _csv_rows(path, limit):
-    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""))
+    text = _read_text(path)
+    csv.field_size_limit(max(len(text), 1))
+    # strict: a quote that is never closed would take all rows after it into its field
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows = []
-    for values in reader:
-        if None in values or None in values.values():
-            raise InputError(f"{path}, line {reader.line_num}: has not as many fields as the header")
-        rows.append(Row(values, f"{path}, line {reader.line_num}"))
-        if len(rows) == limit:
-            break
+    try:
+        for values in reader:
+            if None in values or None in values.values():
+                raise InputError(f"{path}, line {reader.line_num}: has not as many fields as the header")
+            rows.append(Row(values, f"{path}, line {reader.line_num}"))
+            if len(rows) == limit:
+                break
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.reader.line_num}: is no csv: {error}") from None
     if not rows:
         raise InputError(f"{path}: the dataset is empty")
     return rows

@@ -3,7 +3,6 @@ exact resumption."""
 
 import os
 import shutil
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -30,14 +29,13 @@ class RLRun:
     def __init__(self, options, preparation, ranks, repeats=1):
         self.ranks, self.iterations = ranks, preparation.iterations
         self._options, self._preparation = options, preparation
-        self._save_path = Path(options.output.save_path)
+        self._save_path = checkpoints.open_folder(options.output.save_path)
         self._repeats = repeats
         self._rows = options.rollout.experience_batch_size * options.rollout.update_timesteps * ranks.world_size
         if self._rows % repeats:
             raise InputError(f"{self._rows} answers a rollout are no multiple of --num_generations {repeats}")
         if ranks.is_first:
             self._describe()
-            self._save_path.mkdir(parents=True, exist_ok=True)
             write_config(self._save_path / "arguments.yaml", options.groups)
         rehearsals = rehearsals_of(options, preparation)
         memory_plan.describe(rehearsals, preparation.device, preparation.options, ranks)
@@ -45,6 +43,7 @@ class RLRun:
         self._cursor = (0, 0)
         if preparation.checkpoint is not None:
             self._cursor = load(preparation.checkpoint, self.learner, preparation.data_key)
+            checkpoints.check_steps(preparation.checkpoint, self.learner.iteration, self.iterations)
         self._log = MetricsLog(
             self._save_path,
             ranks.is_first,
@@ -190,7 +189,7 @@ def load(folder, learner, data_key):
     """Go on from what `save` wrote; returns the cursor into the prompts."""
     state = None
     for name, part in reversed(learner.engines.items()):  # the actor's last: it restores the random generators
-        state = engine.load_checkpoint(folder / name, part.model, part.optimizer)
+        state = checkpoints.load(folder / name, part.model, part.optimizer)
     checkpoints.check_data(folder, state["data"], data_key)
     learner.load_state(state["learner"])
     for name, part in learner.engines.items():

@@ -14,14 +14,13 @@ from transformers.hf_argparser import HfArg
 from . import checkpoints, ppo_models
 from .arguments import LoraArguments, ModelArguments, RunArguments, StrategyArguments, parse
 from .data import holds_texts
-from .decoding import check_prompt
 from .errors import InputError, require
 from .learner import ScoreArguments, UpdateArguments
-from .models import load_source
+from .models import check_positions, load_source
 from .ppo_models import RLOptimization
 from .prompts import read_prompts
 from .rewards import http_reward, load_function
-from .rollout import RolloutArguments
+from .rollout import RolloutArguments, check_room
 from .shared_base import statistics_of, with_scorers
 from .strategy import check_checkpointing, check_world_size, choose_device, engine_options
 from .train_pretrain import load_texts
@@ -160,6 +159,8 @@ def prepare(options):
     device = choose_device(options.strategy.device)
     optimization, rollout_args, prompt_args = options.optimization, options.rollout, options.prompts
     engine_keywords = engine_options(options.strategy, device, optimization.max_grad_norm, optimization.seed)
+    for name in ("actor", "critic"):
+        checkpoints.check_kind(Path(options.output.save_path) / name, options.lora.saves_adapters)
     checkpoint = checkpoints.choose(options.output.save_path, options.output.resume)
     iterations = optimization.num_episodes * optimization.max_timesteps // rollout_args.update_timesteps
     if not iterations:
@@ -181,14 +182,11 @@ def prepare(options):
         prompt_args.max_prompt_len,
         prompt_args.max_datasets_size,
     )
-    for prompt in prompts:
-        try:
-            check_prompt(models["actor"].model, prompt.ids, rollout_args.new_tokens(prompt))
-        except ValueError as error:
-            raise InputError(f"{prompt_args.prompts}: {error}") from None
+    check_room(models["actor"].model, prompts, rollout_args, prompt_args.prompts)
     ptx_samples = ()
     if prompt_args.pretrain_dataset is not None:
         ptx_samples = _ptx_samples(prompt_args.pretrain_dataset, source.tokenizer, prompt_args)
+        check_positions(source.config, ptx_samples)
     key = {"prompts": _fingerprint(prompts), "ptx": _fingerprint(ptx_samples), "seed": optimization.seed}
     judge = options.judge.function()
     return Preparation(

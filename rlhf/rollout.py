@@ -19,8 +19,8 @@ from transformers.hf_argparser import HfArg
 
 from .. import engine
 from ..engine.machine import host_available_bytes
-from .decoding import Decoder, generate
-from .errors import require
+from .decoding import Decoder, check_prompt, generate
+from .errors import InputError, require
 from .prompts import Prompt
 from .sampling import SamplingOptions
 
@@ -53,6 +53,15 @@ class RolloutArguments:
         room = self.max_length - len(prompt.ids)
         require(room > 0, "max_length", self.max_length, f"more than a prompt's {len(prompt.ids)} tokens")
         return min(self.max_new_tokens, room)
+
+
+def check_room(model, prompts, rollout_args, path):
+    """Raises InputError where a prompt of the file `path` and its answer do not fit the model's positions."""
+    for prompt in prompts:
+        try:
+            check_prompt(model, prompt.ids, rollout_args.new_tokens(prompt))
+        except ValueError as error:
+            raise InputError(f"{path}: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from .metrics import reopened
+
 
 class SamplesLog:
     """Written by the first rank; rows of a former run beyond `first_step` are dropped, as in `metrics.jsonl`."""
@@ -11,11 +13,7 @@ class SamplesLog:
         self._file = None
         if not enabled:
             return
-        path = Path(folder) / "samples.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if first_step else []
-        kept = [line for line in lines if json.loads(line)["step"] <= first_step]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        self._file = path.open("a", buffering=1, encoding="utf-8")
+        self._file = reopened(Path(folder) / "samples.jsonl", first_step)
 
     def write(self, step, experience, decode, count):
         """The first `count` episodes: prompt, response, raw score, KL summed over the answer, length, truncated."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ..engine import EngineConfig
-from .errors import InputError, nearest
+from ..engine import CheckpointError, EngineConfig, OutOfBudgetError
+from ..engine.safetensors_io import SafetensorsFileError
+from .errors import InputError, naming_input, nearest
 
 STRATEGIES = {
     "naive": {"zero_stage": 0, "placement": "device"},
@@ -115,6 +116,7 @@ def process_group(device):
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+        with naming_input(CheckpointError, OutOfBudgetError, SafetensorsFileError):
+            yield Ranks(dist.get_rank(), dist.get_world_size(), device)
     finally:
         dist.destroy_process_group()

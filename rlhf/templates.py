@@ -47,6 +47,11 @@ class Sample:
         return int(self.trained[1:].sum())
 
     @property
+    def positions(self):
+        """How many positions a model needs for it."""
+        return len(self)
+
+    @property
     def attended(self):
         """Pairs of tokens of which one attends to the other, for counting operations."""
         return len(self) * (len(self) + 1) // 2

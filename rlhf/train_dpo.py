@@ -8,7 +8,7 @@ the policy with its adapters off, and takes no memory of its own.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -80,7 +80,8 @@ def with_adapters_off(step):
 def implicit_rewards(policy, reference, comparisons, beta, pad, device):
     """(β (log π(answer) - log π_ref(answer)) float32 [N], the batch's Pairs): the rewards for which the policy is
     optimal under KL weight β (Rafailov et al. 2023, eq. 5), up to a term of the prompt alone. `reference`: a frozen
-    model, or None for the policy without its adapters."""
+    model, or None for the policy without its adapters. Margins between answers are for reward models: here they are 0.
+    """
     input_ids, answered, _, pairs = collate_comparisons(comparisons, pad, device)
     with torch.no_grad():
         if reference is not None:
@@ -88,7 +89,8 @@ def implicit_rewards(policy, reference, comparisons, beta, pad, device):
         else:
             with adapters_off(policy):
                 expected = answer_logprobs(policy, input_ids, answered)
-    return beta * (answer_logprobs(policy, input_ids, answered) - expected), pairs
+    rewards = beta * (answer_logprobs(policy, input_ids, answered) - expected)
+    return rewards, replace(pairs, margin=torch.zeros_like(pairs.margin))
 
 
 @torch.no_grad()
@@ -108,7 +110,7 @@ def evaluate(policy, reference, comparisons, deal_to, beta, pad, device):
 def train(model_args, lora_args, strategy_args, data_args, optim_args, output_args, dpo_args):
     groups = (model_args, lora_args, strategy_args, data_args, optim_args, output_args, dpo_args)
     options = RunOptions(optim_args, output_args, groups)
-    preparation = prepare(model_args, strategy_args, optim_args, output_args)
+    preparation = prepare(model_args, lora_args, strategy_args, optim_args, output_args)
     source = load_source(model_args)
     pad, device, beta = pad_id(source.tokenizer), preparation.device, dpo_args.beta
 

@@ -72,7 +72,7 @@ def load_texts(path, tokenizer, max_len, limit=None):
 def train(model_args, lora_args, strategy_args, text_args, packing_args, optim_args, output_args):
     groups = (model_args, lora_args, strategy_args, text_args, packing_args, optim_args, output_args)
     options = RunOptions(optim_args, output_args, groups)
-    preparation = prepare(model_args, strategy_args, optim_args, output_args)
+    preparation = prepare(model_args, lora_args, strategy_args, optim_args, output_args)
     source = load_source(model_args)
 
     def build():

@@ -31,7 +31,7 @@ from .eval_samples import comparison_samples
 from .lora import add_adapters
 from .losses import ranking_loss_sum, ranking_metrics
 from .memory_plan import rows_on_meta, score_step
-from .models import load_source
+from .models import check_positions, load_source
 from .preferences import collate_comparisons, encode_preferences, fit_comparisons, read_preferences
 from .reward_model import build_reward_model, last_token_scores, set_normalization
 from .strategy import process_group
@@ -65,7 +65,10 @@ def load_comparisons(path, tokenizer, data_args, limit=None):
     render = prompt_renderer(tokenizer, data_args.prompt_format)
     comparisons = fit_comparisons(encode_preferences(preferences, render, tokenizer), data_args.max_len)
     if not comparisons.samples:
-        raise InputError(f"{path}: no comparison of {len(preferences)} is left with --max_len {data_args.max_len}")
+        raise InputError(
+            f"{path}: none of {len(preferences)} comparisons can be learned: their answers are too long for --max_len "
+            f"{data_args.max_len}, tied, the same, or of different prompts"
+        )
     return schema.name, comparisons
 
 
@@ -75,6 +78,7 @@ def comparisons_of(source, data_args, seed):
     comparisons, held_out = split(found.samples, data_args.eval_fraction, seed)
     if data_args.eval_dataset:
         held_out = load_comparisons(data_args.eval_dataset, source.tokenizer, data_args)[1].samples
+    check_positions(source.config, [*comparisons, *held_out])
     return TrainingRows(comparisons, found.fingerprint()), held_out, description(data_args.dataset, schema, found)
 
 
@@ -129,7 +133,7 @@ def evaluate(model, comparisons, deal_to, pad, device, reward_args):
 def train(model_args, lora_args, strategy_args, data_args, optim_args, output_args, reward_args):
     groups = (model_args, lora_args, strategy_args, data_args, optim_args, output_args, reward_args)
     options = RunOptions(optim_args, output_args, groups)
-    preparation = prepare(model_args, strategy_args, optim_args, output_args)
+    preparation = prepare(model_args, lora_args, strategy_args, optim_args, output_args)
     source = load_source(model_args)
     pad, device = pad_id(source.tokenizer), preparation.device
 

@@ -29,7 +29,7 @@ from .eval_samples import answer_samples
 from .lora import add_adapters
 from .losses import completion_loss_sum
 from .memory_plan import language_step, rows_on_meta
-from .models import build_on_meta, load_source
+from .models import build_on_meta, check_positions, load_source
 from .packing import check_packable, pack
 from .strategy import process_group
 from .templates import encode, prompt_renderer, segments_of
@@ -92,6 +92,7 @@ def evaluate(model, samples, deal_to, pad, device):
 
 def train_on(rows, held_out, model, source, ranks, preparation, options):
     """Train `model` on TrainingRows: the loop of supervised fine-tuning and of pretraining. Returns the ended run."""
+    check_positions(source.config, [*rows.samples, *held_out])
     batch_size = options.optimization.batch_size
     pad, device = pad_id(source.tokenizer), preparation.device
     deal_to = (ranks.rank, ranks.world_size, batch_size)
@@ -124,7 +125,7 @@ def train(model_args, lora_args, strategy_args, data_args, packing_args, optim_a
     options = RunOptions(optim_args, output_args, groups)
 
     # Everything that a user can get wrong is read before any rank waits for another.
-    preparation = prepare(model_args, strategy_args, optim_args, output_args)
+    preparation = prepare(model_args, lora_args, strategy_args, optim_args, output_args)
     source = load_source(model_args)
 
     def build():

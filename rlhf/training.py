@@ -16,6 +16,7 @@ from .. import engine
 from . import checkpoints, lora, memory_plan, reward_model
 from .arguments import OptimizationArguments, OutputArguments, resolved, write_config
 from .batches import steps_per_epoch, windows
+from .errors import naming_input
 from .metrics import MetricsLog, PeakMemory, Throughput, memory_table
 from .models import decay_groups
 from .samples import SamplesLog
@@ -31,7 +32,8 @@ class Preparation:
     checkpoint: Path | None  # to resume from
 
 
-def prepare(model_args, strategy_args, optim_args, output_args):
+def prepare(model_args, lora_args, strategy_args, optim_args, output_args):
+    checkpoints.check_kind(output_args.save_path, is_adapter=lora_args.saves_adapters)
     check_world_size(strategy_args)
     check_checkpointing(strategy_args, model_args)
     device = choose_device(strategy_args.device)
@@ -46,17 +48,18 @@ def load_into_engine(model, optimizer, source, preparation, manager=None, allow_
     """`engine.initialize` with the weights of `source`; adapters and a new score head keep their own initial values.
     `manager`: has the budgets of `preparation`, for several models. `rates`: measured already."""
     options = preparation.options if manager is None else split_budgets(preparation.options)[1]
-    return engine.initialize(
-        model,
-        optimizer,
-        pretrained=source.folder,
-        allow_missing=allow_missing,
-        stored_name=lora.stored_name,
-        device=preparation.device,
-        manager=manager,
-        rates=rates,
-        **options,
-    )
+    with naming_input(ValueError):
+        return engine.initialize(
+            model,
+            optimizer,
+            pretrained=source.folder,
+            allow_missing=allow_missing,
+            stored_name=lora.stored_name,
+            device=preparation.device,
+            manager=manager,
+            rates=rates,
+            **options,
+        )
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class TrainingRun:
     def __init__(self, model, source, rows, ranks, preparation, options, step, others=MappingProxyType({})):
         optim_args, output_args = options.optimization, options.output
         self.ranks, self.device = ranks, preparation.device
-        self.save_path = Path(output_args.save_path)
+        self.save_path = checkpoints.open_folder(output_args.save_path)
         self._optim_args, self._output_args = optim_args, output_args
         self._samples = rows.samples
         count = len(rows.samples)
@@ -101,7 +104,8 @@ class TrainingRun:
         of_model = memory_plan.Rehearsal(model, step, optim_args.accumulation_steps, optimizer)
         rates = memory_plan.describe({"model": of_model, **others}, self.device, preparation.options, ranks)
         if ranks.is_first:
-            self.save_path.mkdir(parents=True, exist_ok=True)
+            if source.folder is None and lora.adapted_layers(model):
+                print(lora.RANDOM_BASE_WARNING)
             write_config(self.save_path / "arguments.yaml", options.groups)
 
         self._hooks = (Throughput(model, ranks.world_size), PeakMemory(preparation.device))
@@ -128,8 +132,9 @@ class TrainingRun:
         self._start_interval()
 
     def _resume(self, checkpoint):
-        state = engine.load_checkpoint(checkpoint, self.model, self.optimizer)
+        state = checkpoints.load(checkpoint, self.model, self.optimizer)
         checkpoints.check_data(checkpoint, state["data"], self._data_key)
+        checkpoints.check_steps(checkpoint, state["step"], self.total_steps)
         self.step, self._cursor = state["step"], tuple(state["cursor"])
         self._sums, self._count = state["sums"], state["count"]
         checkpoints.restore_scheduler(self._scheduler, self.optimizer, state["scheduler"])
@@ -223,7 +228,7 @@ def save_model(folder, model, source, lora_args, build, ranks):
     folder = Path(folder)
     if not lora_args.lora_rank:
         engine.save_pretrained(folder, model)
-    elif lora_args.lora_merge:
+    elif not lora_args.saves_adapters:
         plain = build()
         plain.config = model.config
         engine.save_pretrained(folder, model, written_as=plain, weights=lora.merged_weights(model))

@@ -123,7 +123,10 @@ def test_two_ranks_with_adapters_are_one_rank_of_the_same_reward_model(data, tmp
 def test_dpo_starts_at_ln_2_and_the_reference_without_adapters_is_a_copy(data, tmp_path):  # D1
     base = tmp_path / "base"
     train_pretrain.main(options("pretrain", data, base, steps=1))
-    train_dpo.main(options("dpo", data, tmp_path / "lora", pretrain=base, lora_rank=4, steps=3, eval_fraction=0.25))
+    # A reward model's margins are not DPO's: with them the rows stay the same to it.
+    pairs = [json.loads(line) | {"margin": 3.0} for line in data["pairs"].read_text().splitlines()]
+    others = {"pretrain": base, "lora_rank": 4, "steps": 3, "eval_fraction": 0.25}
+    train_dpo.main(options("dpo", data, tmp_path / "lora", dataset=write(tmp_path / "margins", pairs), **others))
     rows = metrics(tmp_path / "lora")
     ln2 = pytest.approx(0.693147, abs=1e-6)
     assert rows[0] == {"step": 0, "eval_loss": ln2, "eval_accuracy": 0.5, "eval_margin": 0}

@@ -113,6 +113,14 @@ def test_the_console_script_passes_options_on(capsys):
     assert capsys.readouterr().err.startswith("error: unknown flag '--lrr'; did you mean '--lr'?")
 
 
+def test_ranks_that_refuse_their_input_end_the_launcher_without_a_trace_of_its_own(capfd):
+    for count, message in (("0", "has to be a number of processes"), ("1", "absent: no such dataset file")):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["sft", "--nproc_per_node", count, "--pretrain", "llama-tiny", "--dataset", "absent"])
+        error = capfd.readouterr().err
+        assert caught.value.code == 2 and message in error and "Traceback" not in error
+
+
 def test_yaml_written_by_hand_in_full_is_the_resolved_one(tmp_path):
     groups = options(*NEEDED)
     write_config(tmp_path / "a.yaml", groups)

@@ -140,3 +140,19 @@ def test_files_that_cannot_be_read_are_input_errors(tmp_path):
     ]:
         with pytest.raises(InputError, match=message):
             read_conversations(tmp_path / name)
+
+
+def test_half_of_a_surrogate_pair_is_no_text(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        '{"prompt": "whole \\ud83d\\ude00", "completion": "b"}\n{"prompt": "half \\ud83d", "completion": "b"}\n'
+    )
+    with pytest.raises(InputError, match="rows.jsonl, line 2: holds half of a surrogate pair"):
+        read_conversations(path)
+
+
+@pytest.mark.parametrize("tools", ["search", [1], 5])
+def test_tools_are_objects(tmp_path, tools):
+    path = write_jsonl(tmp_path / "rows.jsonl", {"messages": [QUESTION, ANSWER], "tools": tools})
+    with pytest.raises(InputError, match="line 1: field 'tools' has to be a list of objects"):
+        read_conversations(path)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from megalith.rlhf import cut_text
 from megalith.rlhf.batches import collate, deal, language_model_inputs
 from megalith.rlhf.cut_text import cut
 from megalith.rlhf.errors import InputError
@@ -102,3 +103,10 @@ def test_text_is_cut_at_the_ends_of_sentences():
     assert cut("A b. C d.", 100) == ["A b. C d."]
     assert cut("pi is 3.14 or so", 8) == ["pi is 3.", "14 or so"]
     assert cut("", 5) == []
+
+
+def test_rows_that_cannot_be_written_are_one_line(tmp_path, capsys):
+    (tmp_path / "book.txt").write_text("One. Two.")
+    with pytest.raises(SystemExit):
+        cut_text.main([str(tmp_path / "book.txt"), str(tmp_path / "absent" / "rows.jsonl")])
+    assert capsys.readouterr().err.endswith("rows.jsonl: cannot be written: No such file or directory\n")

@@ -159,7 +159,10 @@ def test_margins_and_scores(tmp_path):
     ("row", "message"),
     [
         ({"prompt": "Q", "chosen": "a"}, "field 'rejected' is missing"),
-        ({"prompt": "Q", "chosen": "a", "rejected": "b", "margin": "wide"}, "margin and scores have to be numbers"),
+        ({"prompt": "Q", "chosen": "a", "rejected": "b", "margin": "wide"}, "margin, .* have to be finite numbers"),
+        ({"prompt": "Q", "chosen": "a", "rejected": "b", "margin": math.nan}, "have to be finite numbers"),
+        ({"prompt": "Q", "chosen": "a", "rejected": "b", "margin": True}, "have to be finite numbers"),
+        ({"prompt": "Q", "chosen": "a", "rejected": "b", "score_chosen": 3}, "have to be finite numbers"),
         ({"prompt": "Q", "responses": ["a"]}, "a list of two answers or more"),
         ({"prompt": "Q", "responses": ["a", "b"], "rank": [1]}, "a whole number for each"),
         ({"prompt": "Q", "chosen": [user("a")], "rejected": "b"}, "'chosen' does not end with an assistant turn"),

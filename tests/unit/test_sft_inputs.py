@@ -1,9 +1,11 @@
 """What a user can get wrong ends the command at once, before anything is allocated or written."""
 
 import json
+import os
 
 import pytest
 import torch
+from megalith import engine
 from megalith.rlhf import checkpoints, train_sft
 from megalith.rlhf.arguments import ModelArguments, StrategyArguments
 from megalith.rlhf.errors import InputError
@@ -17,7 +19,9 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def dataset(tmp_path):
     path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"{n}+1=", "completion": str(n + 1)}) + "\n" for n in range(4)))
+    completions = ["1", "2", "3", "4" * 2000]
+    rows = [{"prompt": f"{n}+1=", "completion": completion} for n, completion in enumerate(completions)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
@@ -44,6 +48,10 @@ def run(tmp_path, dataset, *argv):
         (["--strategy", "gemini_nvme"], "placement='nvme' needs a folder on a local drive"),
         (["--resume"], "has no checkpoint"),
         (["--offload_activations"], "--offload_activations moves the inputs of checkpointed blocks"),
+        (["--lr", "inf"], "--lr is inf; it has to be > 0 and finite"),
+        (["--lora_alpha", "16"], "--lora_alpha is 16.0; it has to be None without --lora_rank"),
+        (["--lora_rank", "4", "--lora_target_modules", "q_proj,q_porj"], "the model has no layer called q_porj"),
+        (["--pretrain", "gpt2-tiny", "--max_len", "4096", "--eval_fraction", "0.25"], "has 1024 positions: lower"),
     ],
 )
 def test_mistakes_end_with_one_line_and_write_nothing(tmp_path, dataset, capsys, argv, message):
@@ -86,6 +94,65 @@ def test_a_folder_whose_config_cannot_be_used_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match="config.json cannot be used"):
         load_source(ModelArguments(pretrain=str(tmp_path)))
+
+
+def test_what_the_engine_says_of_folders_and_budgets_is_one_line_too(tmp_path, dataset, capsys):
+    run(tmp_path, dataset, "--max_steps", "1")
+    os.truncate(tmp_path / "out" / "model.safetensors", 1000)
+    for argv, message in (
+        (["--device_budget", "10KB"], "device_budget is 10000 bytes"),
+        (["--pretrain", str(tmp_path / "out")], "model.safetensors is truncated or corrupt"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            run(tmp_path, dataset, *argv, "--save_path", str(tmp_path / "other"))
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert caught.value.code == 2 and error.startswith("error: ") and message in error
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_run(tmp_path, dataset, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        run(tmp_path, dataset, "--save_path", str(tmp_path / "file"))
+    assert "file: cannot be written: File exists" in capsys.readouterr().err
+
+
+def test_an_adapter_and_a_whole_model_are_not_saved_in_one_folder(tmp_path, dataset, capsys):
+    adapter = ["--max_steps", "1", "--lora_rank", "2"]
+    run(tmp_path, dataset, *adapter)
+    assert "warning: the adapters' base is a preset's random weights" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(tmp_path, dataset, "--max_steps", "1")
+    assert "holds an adapter, and this run saves a whole model" in capsys.readouterr().err
+    (tmp_path / "out" / "adapter_config.json").unlink()
+    run(tmp_path, dataset, *adapter, "--lora_merge")
+    with pytest.raises(SystemExit):
+        run(tmp_path, dataset, *adapter)
+    assert "holds a whole model, and this run saves an adapter" in capsys.readouterr().err
+
+
+def test_a_resumed_run_takes_the_rates_and_the_length_that_it_is_given(tmp_path, dataset, capsys):
+    run(tmp_path, dataset, "--max_steps", "2", "--save_interval", "1", "--log_interval", "1", "--lr", "1e-3")
+    (tmp_path / "out" / "metrics.jsonl").open("a").write('{"step": 1, "los')  # killed while it wrote
+    given = ["--resume", "--max_steps", "4", "--log_interval", "1"]
+    given += ["--lr", "1e-2", "--lr_scheduler_type", "linear", "--warmup_ratio", "0"]
+    run(tmp_path, dataset, *given, "--weight_decay", "0.5")
+    assert [row["step"] for row in metrics(tmp_path / "out")] == [1, 2, 3, 4]
+    assert [row["lr"] for row in metrics(tmp_path / "out")][2:] == pytest.approx([5e-3, 2.5e-3])
+    with pytest.raises(SystemExit):
+        run(tmp_path, dataset, "--resume", "--max_steps", "1")
+    assert "has 2 steps behind it, and the options ask for 1 in all" in capsys.readouterr().err
+
+
+def test_an_optimizer_keeps_its_options_when_it_is_loaded(tmp_path):
+    def made(**options):
+        model = torch.nn.Linear(2, 2)
+        return engine.initialize(model, torch.optim.AdamW(model.parameters(), **options), device="cpu")
+
+    engine.save_checkpoint(tmp_path / "saved", *made(lr=1.0, weight_decay=0.1, betas=(0.5, 0.6)), state="kept")
+    model, optimizer = made(lr=2.0, weight_decay=0.2, betas=(0.7, 0.8))
+    assert checkpoints.load(tmp_path / "saved", model, optimizer) == "kept"
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (2.0, 0.2, (0.7, 0.8))
 
 
 def test_a_new_run_does_not_go_into_the_folder_of_another(tmp_path):
