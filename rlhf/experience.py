@@ -90,14 +90,15 @@ def _answered(learner, prompts):
     for prompt in prompts:  # those of all ranks, so that all raise
         check_prompt(learner.actor.model, prompt.ids, learner.rollout_args.new_tokens(prompt))
     try:
-        answers = sample(learner, [prompts[row] for row in rows], rows)
-        if isinstance(learner.reward, torch.nn.Module):
-            mine = answers
-        else:
-            scores = _ask(learner, [prompts[row] for row in rows], answers)
-            mine = [replace(answer, score=score) for answer, score in zip(answers, scores, strict=True)]
-    except Exception as caught:  # the user's function may raise anything, and the other ranks have to hear of it
+        mine = sample(learner, [prompts[row] for row in rows], rows)
+    except FloatingPointError as caught:  # after any other error, this rank may be out of step with those that stream
         error = caught
+    if error is None and not isinstance(learner.reward, torch.nn.Module):
+        try:
+            scores = _ask(learner, [prompts[row] for row in rows], mine)
+            mine = [replace(answer, score=score) for answer, score in zip(mine, scores, strict=True)]
+        except Exception as caught:  # the user's function may raise anything, and the other ranks have to hear of it
+            error = caught
     shared = share(mine, error, ranks)
     return Rollout(prompts, [shared[row % ranks.world_size][row // ranks.world_size] for row in range(len(prompts))])
 

@@ -12,6 +12,9 @@ import megalith.engine as engine
 import torch
 import torch.distributed as dist
 from launch import run_ranks
+from megalith.rlhf import decoding
+from megalith.rlhf.experience import collect
+from ppo_cases import PROMPTS, cpu_ranks, make_learner
 from tiny import batches, make_model, rank_rows, update_error, weights_of
 from torch import nn
 
@@ -149,6 +152,25 @@ def test_a_killed_rank_is_an_error_on_the_other_in_time_and_keeps_the_last_check
         assert set(optimizer.steps_taken.values()) == {1}
         engine.save_checkpoint(tmp_path / name / "last", model, optimizer)
         assert not [path for path in os.listdir(tmp_path / name) if path.startswith(".last")]
+
+
+def _fail_in_a_rollout(rank, world_size, folder, started):
+    """Rank 1 runs out of memory between two tokens, while both gather the weights block by block."""
+    step = decoding.Decoder.step
+
+    def failing(self):
+        if rank == 1 and len(self.answers[0].tokens) > 2:
+            started.set()
+            raise torch.OutOfMemoryError("no memory is left")
+        return step(self)
+
+    decoding.Decoder.step = failing
+    collect(make_learner(cpu_ranks(rank, world_size), gather_for_generation="never"), PROMPTS)
+
+
+def test_a_rank_that_fails_in_a_streamed_rollout_ends_the_other(tmp_path):
+    [(_, waiting), (_, failed)] = _survivors([("rollout", _fail_in_a_rollout)], tmp_path)["rollout"]
+    assert "OutOfMemoryError: no memory is left" in failed and "Error" in waiting
 
 
 # Ranks that run different programs
