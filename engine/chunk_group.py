@@ -39,8 +39,8 @@ class ChunkGroup:
         self._event: Event | None = None
         self._stale = [chunk for chunk in chunks if chunk.placement.sharded]
         """Chunks whose `full` does not hold the weights."""
-        self.unit_count = 0
-        """Units that need these weights, blocks counted as one."""
+        self.units: set[str] = set()
+        """Those that need these weights, a block being one."""
         self.pins: set[str] = set()
         """The units that are computing with the weights."""
         self.holders: set[str] = set()

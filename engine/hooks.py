@@ -44,7 +44,7 @@ def register_hooks(
         if unit.block is None:
             hooks[unit.name] = unit_hooks
             for group in needed:
-                group.unit_count += 1
+                group.units.add(unit.name)
     landing = weakref.proxy(schedule)  # a hook on a tensor is no part of a cycle that can be collected
     for group in groups:
         for gradient in group.gradients:
@@ -143,10 +143,10 @@ class UnitHooks:
         self.depth += 1
         for group in self._groups:
             group.pins.add(self._forward_pin)
+        in_recomputation = torch._C._current_graph_task_id() != -1  # by activation checkpointing
+        if not in_recomputation:
+            schedule.unit_forward(self._unit.name)
         if torch.is_grad_enabled():
-            in_recomputation = torch._C._current_graph_task_id() != -1  # by activation checkpointing
-            if not in_recomputation:
-                schedule.unit_forward(self._unit.name)
             # A leaf outlives the pass, and with it the hook; that of a recomputation is made for it.
             inputs = [
                 tensor

@@ -147,8 +147,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             if self.scaler is not None:
                 self.scaler.update(found_inf)
         self._updaters.next_step()
-        self._schedule.expected_micro_steps = max(self._schedule.micro_steps, 1)
-        self.zero_grad()
+        self._schedule.end_step()
         if moves:
             self._migration.move()
         self._schedule.prefetch()

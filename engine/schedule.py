@@ -63,9 +63,10 @@ class Schedule:
         self.count_placements()
         self.is_distributed = traffic.group.is_distributed
         self._in_backward = False
+        self._called: set[str] = set()  # units, since the last step
         self._calls: Counter[str] = Counter()  # by unit: since the last backward pass, less those that it has done
         self._inputs: dict[int, weakref.ref[torch.Tensor]] = {}  # of units, since the last backward pass
-        self._done: dict[ChunkGroup, set[str]] = {}  # units of each group, in this backward pass
+        self._done: set[str] = set()  # units, in this backward pass
         self._reduced: set[ChunkGroup] = set()  # in this backward pass
         self._next_reduce = len(groups) - 1  # in this backward pass
         self._has_landed = False  # in this backward pass
@@ -258,6 +259,11 @@ class Schedule:
         self.touched.clear()
         self._waiting = None
 
+    def end_step(self) -> None:
+        self.expected_micro_steps = max(self.micro_steps, 1)
+        self._called.clear()
+        self.drop_gradients()
+
     def land(self, gradient: ChunkGradient, slot: Slot, parameter: nn.Parameter) -> None:
         self.begin_backward()
         if self.update_begun and self.micro_steps:
@@ -271,8 +277,9 @@ class Schedule:
         self.touched.add(slot.fqn)
 
     def unit_forward(self, unit: str) -> None:
-        """A forward call of `unit` that a backward pass may follow."""
-        self._calls[unit] += 1
+        """A forward call of `unit`. A backward pass may follow without gradients too, by reentrant checkpointing."""
+        self._called.add(unit)
+        self._calls[unit] += torch.is_grad_enabled()
 
     def was_input(self, tensor: torch.Tensor) -> bool:
         """Whether an earlier unit took `tensor` too, as decoder blocks take the encoder's output: its gradient is
@@ -288,18 +295,18 @@ class Schedule:
         self._calls[unit] -= 1
         if self._calls[unit] > 0:
             return
-        for group in groups:
-            self._done.setdefault(group, set()).add(unit)
+        self._done.add(unit)
         if not self.is_distributed:
             for group in groups:
-                if len(self._done[group]) == group.unit_count and (self.on_complete is None or group.is_complete):
+                if self._is_done(group) and (self.on_complete is None or group.is_complete):
                     self._reduce(group)
             return
-        while self._next_reduce >= 0:
-            group = self.groups[self._next_reduce]
-            if len(self._done.get(group, ())) < group.unit_count:
-                return
+        while self._next_reduce >= 0 and self._is_done(self.groups[self._next_reduce]):
             self._reduce_next()
+
+    def _is_done(self, group: ChunkGroup) -> bool:
+        """With its units' backward pass, as far as they have not been skipped."""
+        return all(unit in self._done or unit not in self._called for unit in group.units)
 
     @property
     def _is_final(self) -> bool:

@@ -105,6 +105,19 @@ def test_every_budget_is_kept_at_several_ranks(world_size, zero_stage, precision
         assert planned.peak_bytes[Tier.DEVICE] <= budget
 
 
+def test_a_block_that_is_skipped_holds_up_no_gradient():
+    """At several ranks, groups are reduced in one order."""
+    options = {"placement": "auto", "world_size": 2, "max_chunk_numel": 3000}
+    with pytest.raises(engine.OutOfBudgetError) as refusal:
+        engine.plan(Skipping(), device_budget=10, **options)
+    least = int(re.search(r"take (\d+)", str(refusal.value))[1])
+    steps = iter(range(9))
+    planned = engine.plan(
+        Skipping(), device_budget=least, step=lambda model: model(X.to("meta"), next(steps)).square().mean(), **options
+    )
+    assert planned.peak_bytes[Tier.DEVICE] <= least
+
+
 def test_the_host_takes_weights_before_state(tmp_path):
     plan = engine.plan(llama(), placement="host", max_chunk_numel=20_000)
     weights = plan.bytes_at_rest[Tier.HOST]
