@@ -4,6 +4,7 @@ rank only.
 
 import contextlib
 import json
+import math
 import resource
 from pathlib import Path
 
@@ -111,10 +112,11 @@ class MetricsLog:
         self._bar.update()
 
     def write(self, row):
-        """Log one row: a dict of numbers with a `step`."""
+        """Log one row: a dict of numbers with a `step`. What is not finite is null in the file."""
         if self._file is None:
             return
-        self._file.write(json.dumps(row) + "\n")
+        told = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON has no NaN
+        self._file.write(json.dumps(told) + "\n")
         numbers = {name: value for name, value in row.items() if name != "step"}
         if self._board is not None:
             for name, value in numbers.items():

@@ -96,6 +96,16 @@ def test_going_on_in_the_middle_gives_the_same_bits(folder):
         train_ppo.main(command(folder, folder / "resumed", *options[:-2], "--resume", "--seed", "3"))
 
 
+def test_metrics_are_json_where_a_number_cannot_be_said(folder):
+    """Returns that do not vary leave a critic nothing to explain."""
+    (folder / "judge.py").write_text("def reward(completions):\n    return [0.0] * len(completions)\n")
+    argv = ["--reward_function", f"{folder}/judge.py:reward", "--kl_coef", "0", "--missing_eos_penalty", "0"]
+    train_ppo.main(command(folder, folder / "out", *argv))
+    lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
+    first = json.loads(lines[0], parse_constant=pytest.fail)  # called for NaN, which JSON does not have
+    assert first["val/explained_variance"] is None and first["objective/kl"] == 0
+
+
 def test_trained_models_judge_and_are_trained_on(folder, capsys):
     """The critic and the reward model come from a folder; the policy has adapters, and is its own reference."""
     train_ppo.main(command(folder, folder / "first"))
