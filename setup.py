@@ -49,6 +49,7 @@ setup(
         "psutil",
     ],
     extras_require={
+        "datasets": ["datasets"],
         "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client"],
         "dev": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "pre-commit", "openai", "httpx2", "selenium"],
     },

@@ -58,11 +58,14 @@ def write_rows(path, rows):
 
 
 def read_rows(path, limit=None):
-    """Rows of a jsonl file or a JSON array of objects, gzipped or not, at most `limit` of them.
+    """Rows of a jsonl file or a JSON array of objects, gzipped or not, or of a folder of Hugging Face datasets, at most
+    `limit` of them.
 
     Raises InputError naming the file, and the line where there is one, when it is missing, unreadable, malformed or
     empty.
     """
+    if Path(path).is_dir():
+        return _folder_rows(path, limit)
     text = _read_text(path)
     objects = _array_items(path, text) if text.lstrip().startswith("[") else _jsonl_items(path, text)
     may_be_cut = "\\ud" in text or "\\uD" in text  # JSON can say what UTF-8 cannot
@@ -76,6 +79,33 @@ def read_rows(path, limit=None):
         rows.append(Row(values, source))
         if len(rows) == limit:
             break
+    if not rows:
+        raise InputError(f"{path}: the dataset is empty")
+    return rows
+
+
+def _folder_rows(path, limit):
+    """Rows of a folder that `Dataset.save_to_disk` has written, or of a dataset's repository; of several splits, those
+    of `train`."""
+    try:
+        import datasets  # large, and all other formats do without
+    except ModuleNotFoundError:
+        raise InputError(
+            f"{path}: is a folder; name a jsonl or JSON file in it, or pip install datasets, which reads folders of "
+            "Hugging Face datasets"
+        ) from None
+    is_saved = any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    read = datasets.load_from_disk if is_saved else datasets.load_dataset
+    try:
+        found = read(str(path))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"{path}: is no folder of Hugging Face datasets: {' '.join(str(error).split())}") from None
+    if isinstance(found, dict):
+        if "train" not in found:
+            raise InputError(f"{path}: has no split 'train', but {', '.join(found)}")
+        found = found["train"]
+    chosen = found if limit is None else found.select(range(min(limit, len(found))))
+    rows = [Row(values, f"{path}, row {index}") for index, values in enumerate(chosen, 1)]
     if not rows:
         raise InputError(f"{path}: the dataset is empty")
     return rows

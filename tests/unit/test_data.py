@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 
 import pytest
 from megalith.rlhf.data import read_conversations
@@ -156,3 +157,29 @@ def test_tools_are_objects(tmp_path, tools):
     path = write_jsonl(tmp_path / "rows.jsonl", {"messages": [QUESTION, ANSWER], "tools": tools})
     with pytest.raises(InputError, match="line 1: field 'tools' has to be a list of objects"):
         read_conversations(path)
+
+
+def test_a_folder_asks_for_the_package_that_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match="is a folder; .*pip install datasets"):
+        read_conversations(tmp_path)
+
+
+def test_folders_of_hugging_face_datasets(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="an extra that only these folders need")
+    rows = [ROWS["messages"], {"messages": [QUESTION, {"role": "assistant", "content": "four"}]}]
+    table = datasets.Dataset.from_list(rows)
+    table.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(train=table, test=table.select([0])).save_to_disk(tmp_path / "splits")
+    datasets.DatasetDict(test=table).save_to_disk(tmp_path / "untrained")
+    (tmp_path / "repository" / "data").mkdir(parents=True)
+    table.to_parquet(tmp_path / "repository" / "data" / "train-00000-of-00001.parquet")
+    (tmp_path / "nothing").mkdir()
+    for name in ("saved", "splits", "repository"):
+        schema, conversations = read_conversations(tmp_path / name)
+        assert schema.name == "messages"
+        assert [conversation.messages[1]["content"] for conversation in conversations] == ["4", "four"]
+        assert len(read_conversations(tmp_path / name, limit=1)[1]) == 1
+    for name, message in (("untrained", "has no split 'train', but test"), ("nothing", "is no folder of Hugging Face")):
+        with pytest.raises(InputError, match=message):
+            read_conversations(tmp_path / name)

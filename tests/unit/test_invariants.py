@@ -75,6 +75,7 @@ HELD = {
     "P24 nothing to learn": "unit/test_ppo_math.py test_a_perfect_critic_of_a_constant_reward_leaves_no_advantage",
     "P25 resuming": "unit/test_train_ppo.py test_going_on_in_the_middle_gives_the_same_bits",
     "P26 masked metrics": "unit/test_invariants.py test_metrics_are_of_answer_tokens_alone",
+    "D1 sums and gradient": "unit/test_dpo.py test_the_gradient_is_that_of_the_paper",
     "D1 DPO": "distributed/test_stages.py test_dpo_starts_at_ln_2_and_the_reference_without_adapters_is_a_copy",
     "D2 GRPO": "unit/test_grpo.py test_groups_of_equal_scores_teach_nothing",
 }
