@@ -93,8 +93,8 @@ class TextArguments:
     """What it is trained on."""
 
     dataset: str = HfArg(
-        help="jsonl or JSON array, gzipped or not, or a folder of Hugging Face datasets (their train split); the schema is "
-        "found by its keys"
+        help="jsonl or JSON array, gzipped or not, or a folder of Hugging Face datasets (their train split); the "
+        "schema is found by its keys"
     )
     eval_dataset: str | None = HfArg(default=None, help="held-out rows in the same formats")
     eval_fraction: float = HfArg(default=0.0, help="share of --dataset to hold out instead of --eval_dataset")

@@ -4,6 +4,8 @@ import csv
 import io
 from dataclasses import dataclass, field
 
+import jinja2
+
 from .batches import epoch_order
 from .data import Row, _read_text, messages_of, read_rows, text_of
 from .errors import InputError
@@ -41,7 +43,10 @@ def read_prompts(path, tokenizer, prompt_format="auto", max_prompt_len=512, limi
     prompts, dropped = [], 0
     for row in rows:
         messages = _prompt_messages(row, key)
-        ids = tuple(encode_prompt(messages, render, tokenizer, row.values.get("tools")))
+        try:
+            ids = tuple(encode_prompt(messages, render, tokenizer, row.values.get("tools")))
+        except (InputError, jinja2.TemplateError) as error:
+            raise InputError(f"{row.source}: the prompt cannot be rendered: {error}") from None
         if not ids:
             raise InputError(f"{row.source}: the prompt is empty")
         if len(ids) > max_prompt_len:

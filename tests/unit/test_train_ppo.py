@@ -382,3 +382,11 @@ def test_csv_fields_of_any_length_and_a_quote_that_is_not_closed(tmp_path):
     path.write_text('prompt\n"a\nb\nc\n')
     with pytest.raises(InputError, match="rows.csv, line 4: is no csv: unexpected end of data"):
         read_prompts(path, tokenizer, "plain")
+
+
+def test_a_template_that_refuses_a_prompt_names_its_row(tmp_path):
+    path, tokenizer = tmp_path / "rows.jsonl", byte_tokenizer()
+    path.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    tokenizer.chat_template = "{% if messages[0].content == 'b' %}{{ raise_exception('no') }}{% endif %}x"
+    with pytest.raises(InputError, match="rows.jsonl, line 2: the prompt cannot be rendered: no"):
+        read_prompts(path, tokenizer, "chat")
