@@ -7,7 +7,7 @@ compute. The sum over ranks is taken in rank order, so that no bit of it depends
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -19,6 +19,8 @@ from .peer_memory import PeerMemory, find_peers
 
 PIECE_NUMEL = 1 << 18
 """Of what is read from a peer and added at once: it stays in the cache."""
+
+_WORD = "failure of rank {}"
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,35 @@ class RankGroup:
         values = [value]
         if self.is_distributed:
             values = [None] * self.world_size
-            dist.all_gather_object(values, value, self.control)
+            with self.explained():
+                dist.all_gather_object(values, value, self.control)
         return values
+
+    def tell(self, message: str) -> None:
+        """Leave word for the other ranks of what fails here: they will see a connection that closes."""
+        if self.control is not None:
+            self.control.get_group_store().set(_WORD.format(self.rank), message)
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """An exchange with other ranks: where it fails, the error says what word they have left of why."""
+        try:
+            yield
+        except (RuntimeError, OSError) as error:
+            words = self._words_of_others()
+            if not words:
+                raise
+            raise RuntimeError(f"{'; '.join(words)} (seen here as: {error})") from error
+
+    def _words_of_others(self) -> list[str]:
+        words = []
+        if self.control is not None:
+            with suppress(RuntimeError):  # the rank that keeps them may be gone too
+                store = self.control.get_group_store()
+                for rank in _others(self):
+                    if store.check([_WORD.format(rank)]):
+                        words.append(f"rank {rank} failed: {store.get(_WORD.format(rank)).decode()}")
+        return words
 
     def barrier(self, error: Exception | None = None) -> None:
         """Wait for all ranks. Where any brought an error, raise on all: its own, or a RuntimeError that names the
@@ -109,8 +138,9 @@ def _exchange(sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor],
         for op, tensors in ((dist.isend, sends), (dist.irecv, receives))
         for peer, tensor in tensors.items()
     ]
-    for work in dist.batch_isend_irecv(operations):
-        work.wait()
+    with group.explained():
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
 
 
 @contextmanager
@@ -212,5 +242,6 @@ def sum_over_ranks(values: list[float], group: RankGroup) -> list[float]:
     if group.control is None:  # of a rehearsal: every rank would bring the same
         return [value * group.world_size for value in values]
     tensor = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(tensor, group=group.control)
+    with group.explained():
+        dist.all_reduce(tensor, group=group.control)
     return tensor.tolist()

@@ -111,7 +111,8 @@ class NvmeStore:
 
     `checksums` guards every block with a CRC-32 that a read is compared with: `CHECKSUM_BYTES` is then the block.
     `lane_delay` (seconds) is slept before each piece: for tests that look for a missing wait, as `open_file` is for
-    those that inject faults. Raises NvmeError if the space is not there, with what is needed and what is free.
+    those that inject faults. `tell` is called, on a thread of the store's, with what failed, before somebody waits for
+    it. Raises NvmeError if the space is not there, with what is needed and what is free.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class NvmeStore:
         lane_delay: Callable[[], float] | None = None,
         timeout_s: float = 600.0,
         open_file: Callable[[str, int], DirectFile] = DirectFile,
+        tell: Callable[[str], None] = lambda message: None,
     ) -> None:
         self._block_bytes = CHECKSUM_BYTES if checksums else ALIGNMENT
         self._piece_bytes = round_down(ring_bytes // threads, self._block_bytes)
@@ -141,6 +143,7 @@ class NvmeStore:
         self._checksums: dict[str, dict[int, int]] | None = {name: {} for name in sizes} if checksums else None
         self._timeout_s = timeout_s
         self._delay = lane_delay
+        self._tell = tell
         self._lock = threading.Lock()
         self._in_flight: dict[str, list[Transfer]] = {name: [] for name in sizes}
         self.bytes_read = self.bytes_written = 0
@@ -224,9 +227,12 @@ class NvmeStore:
             work(name, piece, wanted, bounce)
         except OSError as error:
             verb = "write" if work == self._write_piece else "read"
-            raise NvmeError(
-                f"{verb} of {name!r}, bytes {piece.start} to {piece.stop}, in {self.path}: {error}"
-            ) from error
+            message = f"{verb} of {name!r}, bytes {piece.start} to {piece.stop}, in {self.path}: {error}"
+            self._tell(message)
+            raise NvmeError(message) from error
+        except NvmeError as error:  # a checksum
+            self._tell(str(error))
+            raise
         finally:
             self._ring.put(bounce)
 

@@ -11,7 +11,7 @@ from ..kernels import CODE_DTYPES, AdamHyper, fused_adam_, scales_numel
 from .collectives import RankGroup, all_gather_, make_rank_group
 from .config import EngineConfig, Precision, StatePrecision
 from .nvme import NvmeStore
-from .tiers import HostSlab, Work
+from .tiers import HostSlab, Work, advise_huge_pages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ def measure_rates(
         memory_bytes=_memory_bytes(trial, kind.dtype),
         call_s=_call_s(trial),
         attention_flops=_attention_flops(trial, kind.dtype),
-        function_bytes=_function_bytes(trial, kind.dtype),
+        function_bytes=_memory_bytes(trial, kind.dtype, torch.nn.functional.silu),
         disk_read_bytes=reads,
         disk_write_bytes=writes,
         collective_bytes=_collective_bytes(trial) if group.is_distributed else None,
@@ -163,12 +163,12 @@ class _Trial:
     group: RankGroup
 
     def seconds_of(self, work: Callable[[], object], times: int | None = None) -> float:
-        """Of one call: the mean of `times`, by default of as many as fit, at least 3. All ranks begin at once. No
-        median: where others take turns on the processor, most short calls would not tell of them."""
+        """Of one call: the mean of `times`, by default of as many as fit. All ranks begin at once. No median: where
+        others take turns on the processor, most short calls would not tell of them."""
         self.group.barrier()
         work()
         count, start, elapsed = 0, time.perf_counter(), 0.0
-        while count < (times or 3) or (times is None and elapsed < self.at_least_s):
+        while count < (times or 1) or (times is None and elapsed < self.at_least_s):
             work()
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
@@ -177,15 +177,19 @@ class _Trial:
 
 
 def _compute_flops(trial: _Trial, dtype: torch.dtype) -> float:
-    rows, inner, columns = (8192, 8192, 8192) if trial.device.type == "cuda" else (512, 768, 2048)
-    left = torch.randn(rows, inner, device=trial.device).to(dtype).requires_grad_()
-    right = torch.randn(columns, inner, device=trial.device).to(dtype).requires_grad_()
+    """Of layer after layer, as a model has them: on a CPU their weights come from memory, and their gradients go to
+    memory that is not in a cache."""
+    on_gpu = trial.device.type == "cuda"
+    rows, inner, columns, layers = (8192, 8192, 8192, 1) if on_gpu else (256, 512, 1408, 24)
+    values = torch.randn(rows, inner, device=trial.device).to(dtype).requires_grad_()
+    weights = [torch.randn(columns, inner, device=trial.device).to(dtype).requires_grad_() for _ in range(layers)]
     gradient = torch.randn(rows, columns, device=trial.device).to(dtype)
 
     def forward_and_backward() -> None:  # whose products are of transposed matrices, which may be slower
-        torch.autograd.grad(torch.nn.functional.linear(left, right), (left, right), gradient)
+        outputs = [torch.nn.functional.linear(values, weight) for weight in weights]
+        torch.autograd.grad(outputs, (values, *weights), [gradient] * layers)
 
-    return 6 * rows * inner * columns / trial.seconds_of(forward_and_backward)
+    return 6 * rows * inner * columns * layers / trial.seconds_of(forward_and_backward)
 
 
 def _attention_flops(trial: _Trial, dtype: torch.dtype) -> float:
@@ -203,16 +207,17 @@ def _attention_flops(trial: _Trial, dtype: torch.dtype) -> float:
     return 7 * rows * heads * tokens * tokens * dim / trial.seconds_of(forward_and_backward)
 
 
-def _function_bytes(trial: _Trial, dtype: torch.dtype) -> float:
-    values = torch.ones(2**28 if trial.device.type == "cuda" else 2**19, device=trial.device, dtype=dtype)
-    return 2 * values.nbytes / trial.seconds_of(lambda: torch.nn.functional.silu(values))
+def _memory_bytes(trial: _Trial, dtype: torch.dtype, operation: Callable = lambda values: values * 1.5) -> float:
+    """Of `operation`, with an allocation each, as a model's operations have: those of the forward pass keep what they
+    made, in memory that a CPU has to be given page by page, those of the backward pass use it once."""
+    numel, count = (2**28, 1) if trial.device.type == "cuda" else (2**19, 32)
+    values = torch.ones(numel, device=trial.device, dtype=dtype)
 
+    def forward_and_backward() -> None:
+        for kept in [operation(values) for _ in range(count)]:
+            operation(kept)
 
-def _memory_bytes(trial: _Trial, dtype: torch.dtype) -> float:
-    values = torch.ones(2**28 if trial.device.type == "cuda" else 2**21, device=trial.device, dtype=dtype)
-    return (
-        2 * values.nbytes / trial.seconds_of(lambda: values * 1.5)
-    )  # with an allocation, as a model's operations have
+    return 4 * count * values.nbytes / trial.seconds_of(forward_and_backward)
 
 
 def _call_s(trial: _Trial) -> float:
@@ -236,9 +241,7 @@ def _copy_bytes(trial: _Trial) -> tuple[float, float]:
 
 
 def _adam_numel(trial: _Trial, device: torch.device, precision: Precision, state_precision: StatePrecision) -> float:
-    numel = 2**25 if device.type == "cuda" else 2**22
-    if device.type != trial.device.type:  # a GPU's host, whose caches may hold hundreds of MB
-        numel = 2**25
+    numel = 2**24 if trial.device.type == "cpu" else 2**25  # more than caches hold: those of a GPU's host are large
     weight, grad = (torch.ones(numel, dtype=precision.dtype, device=device) for _ in range(2))
     dtypes = dict.fromkeys(CODE_DTYPES, torch.float32)
     rest = {}
@@ -263,7 +266,15 @@ def _collective_bytes(trial: _Trial) -> float:
     """Of weights that are gathered: the same number of times on all ranks, which wait for each other."""
     group = trial.group
     full = torch.ones((2**26 if trial.device.type == "cuda" else 2**22) * group.world_size, device=trial.device)
-    return group.received_bytes(full) / trial.seconds_of(lambda: all_gather_(full, group, 0), times=5)
+    storage, nbytes = full.untyped_storage(), full.nbytes
+
+    def gather() -> None:  # into memory that is taken for it, as a chunk's weights are
+        storage.resize_(0)
+        storage.resize_(nbytes)
+        advise_huge_pages(full)
+        all_gather_(full, group, 0)
+
+    return group.received_bytes(full) / trial.seconds_of(gather, times=5)
 
 
 def _disk_bytes(trial: _Trial, folder: str) -> tuple[float, float]:

@@ -439,6 +439,7 @@ def _open_store(
                 ring_bytes=STORE_RING_BYTES,
                 lane_delay=lane_delay,
                 timeout_s=config.timeout_s,
+                tell=rank_group.tell,
             )
         except Exception as caught:
             error = caught
