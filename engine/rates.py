@@ -267,11 +267,13 @@ def _collective_bytes(trial: _Trial) -> float:
     group = trial.group
     full = torch.ones((2**26 if trial.device.type == "cuda" else 2**22) * group.world_size, device=trial.device)
     storage, nbytes = full.untyped_storage(), full.nbytes
+    own = full.view(group.world_size, -1)[group.rank].clone()
 
-    def gather() -> None:  # into memory that is taken for it, as a chunk's weights are
+    def gather() -> None:  # as a chunk's weights are: into memory that is taken for it, to which its own part is copied
         storage.resize_(0)
         storage.resize_(nbytes)
         advise_huge_pages(full)
+        full.view(group.world_size, -1)[group.rank].copy_(own)
         all_gather_(full, group, 0)
 
     return group.received_bytes(full) / trial.seconds_of(gather, times=5)
