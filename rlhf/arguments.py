@@ -36,6 +36,10 @@ class ModelArguments:
     )
 
 
+NAMES_BY_COMMA = ("lora_target_modules",)
+"""Options that YAML may give a list for."""
+
+
 @dataclass(frozen=True)
 class LoraArguments:
     """Low-rank adapters (PEFT's LoRA): with a rank, only they are trained, and the score head where there is one."""
@@ -211,6 +215,8 @@ def _yaml_as_flags(path, known):
             raise InputError(
                 f"--config {path}: unknown option '{key}'{nearest(str(key), [k.lstrip('-') for k in known])}"
             )
+        if isinstance(value, list) and key in NAMES_BY_COMMA:
+            value = ",".join(map(str, value))
         if isinstance(value, dict | list):
             raise InputError(f"--config {path}: '{key}' is a {type(value).__name__}; it takes one value")
         if value is not None:

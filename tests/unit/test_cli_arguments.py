@@ -6,7 +6,7 @@ import sys
 import pytest
 import yaml
 from megalith.rlhf import cli
-from megalith.rlhf.arguments import OutputArguments, parse, write_config
+from megalith.rlhf.arguments import LoraArguments, OutputArguments, parse, write_config
 from megalith.rlhf.errors import InputError
 from megalith.rlhf.train_sft import GROUPS
 
@@ -42,6 +42,12 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
     assert (data.dataset, optim.lr, optim.batch_size, optim.seed) == ("a.jsonl", 1e-3, 7, 42)
     assert output.resume is True
     assert optim.max_steps is None
+
+
+def test_yaml_may_list_the_layers_to_adapt(tmp_path):
+    path = write_yaml(tmp_path, "lora_rank: 4\nlora_target_modules: [q_proj, v_proj]\n")
+    [lora] = [group for group in options(*NEEDED, "--config", path) if isinstance(group, LoraArguments)]
+    assert lora.lora_target_modules == "q_proj,v_proj"
 
 
 def test_the_resolved_config_repeats_the_run(tmp_path):
