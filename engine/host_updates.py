@@ -9,10 +9,9 @@ from dataclasses import replace
 
 import torch
 
-from .chunk import payload_part
 from .streaming_sizes import Ring
 from .tiers import Payload, PieceBuffers, Storage, Tier, Work
-from .update import PAYLOADS, ChunkUpdate, Run, adam_runs, pieces_of
+from .update import ChunkUpdate, Run, adam_runs, cut_tensors, pieces_of, stored_tensors
 
 
 class HostUpdates:
@@ -35,11 +34,7 @@ class HostUpdates:
         fetches_weight = chunk.placement.weight_tier is Tier.DEVICE
         fetches_gradient = chunk.placement.gradient_tier is Tier.DEVICE
         for start, stop, runs in pieces_of(chunk, update.runs, self._piece_numel):
-            tensors = {payload: getattr(chunk, payload) for payload in PAYLOADS} | {"weight": chunk.weight.data}
-            tensors = {
-                payload: None if values is None else values[payload_part(payload, start, stop)]
-                for payload, values in tensors.items()
-            }
+            tensors = cut_tensors(stored_tensors(chunk), start, stop)
             at_rest = tensors["weight"]
             if fetches_weight:
                 tensors["weight"] = self._fetch("weight", 0, at_rest)

@@ -195,26 +195,25 @@ class Migration:
 
     def expect(self, input_numel: int) -> None:
         """A forward pass with inputs of so many elements is about to begin. What it computes grows with them: where
-        that would be more than the room that was left for it, send home what stands in the way. On one rank: several
-        know of each other's inputs only after a step."""
+        that would be more than the room that was left for it, send home what stands in the way. Asked on one rank
+        without a budget: several know of each other's inputs only after a step."""
+        growth = input_numel / self._input_numel
         if not self._is_planned:
             self._input_numel = max(self._input_numel, input_numel)
-        elif self._meter is not None and not self._rank_group.is_distributed:
-            growth = input_numel / self._input_numel
-            if growth > ROOM_FOR_LONGER:
-                self._input_numel = input_numel
-                self._make_room(math.ceil(self._other_bytes * (growth - 1)))
+        elif growth > ROOM_FOR_LONGER:
+            self._input_numel = input_numel
+            self._make_room(math.ceil(self._other_bytes * (growth - 1)))
 
     def _make_room(self, nbytes: int) -> None:
         """For what is computed, beside what there is for it."""
         self._other_bytes += nbytes
         self._schedule.device_budget -= nbytes
         stored_bytes = self._manager.ledger.device_bytes_at_rest() + self._manager.working_bytes
-        self._moments = [(frozenset(), stored_bytes - self._schedule.device_budget)]
+        excess_bytes = stored_bytes - self._schedule.device_budget
+        self._moments = [(frozenset(), excess_bytes)]
         self._schedule.reshard_idle()
-        excess = np.array([above for _, above in self._moments], dtype=np.int64)
         movable = [each for each in self._candidates(promoted=True) if self._gradient_is_empty(each.key)]
-        self._send_home(choose_demotions(movable, excess))
+        self._send_home(choose_demotions(movable, np.array([excess_bytes])))
         self._schedule.count_placements()
 
     def send_all_home(self) -> None:

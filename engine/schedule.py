@@ -76,7 +76,7 @@ class Schedule:
         self.on_complete: Callable[[ChunkGroup], None] | None = None
         """With update_in_backward: told of a group whose gradients are complete, once in a backward pass."""
         self.on_forward: Callable[[int], None] | None = None
-        """With placement="auto": told of the elements of a forward pass' inputs, where a backward pass may follow."""
+        """Told of the elements of a forward pass' inputs, where a backward pass may follow."""
         self.update_begun = False
         """With update_in_backward: something was updated since the last step."""
         self.is_broken = False

@@ -237,7 +237,8 @@ def assemble(
     if optimizer is not None:
         if config.placement == "auto" and not all(p.is_on_device(s) for _, s, p in storage_plan.named_chunks()):
             migration = Migration(groups, schedule, rank_group, config, manager, ground.meter)
-            schedule.on_forward = migration.expect
+            if ground.meter is not None and not rank_group.is_distributed:
+                schedule.on_forward = migration.expect
         updaters = _make_updaters(storage_plan, config, lanes, storage, ground.rates)
         zero_optimizer = ZeroOptimizer(optimizer, groups, schedule, rank_group, config, model, updaters, migration)
     engine = Engine(model, zero_optimizer, config, layout, groups, schedule, rank_group, ledger, migration)

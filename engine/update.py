@@ -7,7 +7,7 @@ chunks on a lane, in the order in which the next forward pass needs the weights,
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -37,12 +37,6 @@ class Run:
         if isinstance(self.gradient, tuple):
             return Run(start, stop, tuple(cut_parts(self.gradient, first, last)), self.hyper)
         return Run(start, stop, self.gradient[first:last], self.hyper)
-
-    def on(self, device: torch.device) -> "Run":
-        """With its gradient in the memory of `device`."""
-        if isinstance(self.gradient, tuple):
-            return replace(self, gradient=tuple(part.to(device) for part in self.gradient))
-        return replace(self, gradient=self.gradient.to(device))
 
 
 @dataclass(frozen=True)
@@ -84,11 +78,24 @@ def cut_parts(tensors: tuple[torch.Tensor, ...], start: int, stop: int) -> Itera
         offset += tensor.numel()
 
 
+def stored_tensors(chunk: Chunk) -> dict[str, torch.Tensor | None]:
+    """The owned elements of a chunk that is in memory, by payload; None for what it has not."""
+    return {payload: getattr(chunk, payload) for payload in PAYLOADS} | {"weight": chunk.weight.data}
+
+
+def cut_tensors(tensors: Mapping[str, torch.Tensor | None], start: int, stop: int) -> dict[str, torch.Tensor | None]:
+    """Elements [start, stop) of each."""
+    return {
+        payload: None if tensor is None else tensor[payload_part(payload, start, stop)]
+        for payload, tensor in tensors.items()
+    }
+
+
 @torch.no_grad()
 def execute(update: ChunkUpdate) -> None:
     """Of a chunk that is in memory, by the processor of the tier on which its state is, which reaches all of it."""
     chunk = update.chunk
-    tensors = {payload: getattr(chunk, payload) for payload in PAYLOADS} | {"weight": chunk.weight.data}
+    tensors = stored_tensors(chunk)
     on_device = chunk.placement.optimizer_tier is Tier.DEVICE
     chunk.did(Work.DEVICE_ADAM if on_device else Work.HOST_ADAM, sum(run.stop - run.start for run in update.runs))
     if not on_device and chunk.placement.weight_tier is Tier.DEVICE:
@@ -109,10 +116,7 @@ def adam_runs(tensors: Mapping[str, torch.Tensor | None], offset: int, runs: lis
     elif not math.isfinite(update.squares):
         return
     for run in runs:
-        part = {
-            payload: None if tensor is None else tensor[payload_part(payload, run.start - offset, run.stop - offset)]
-            for payload, tensor in tensors.items()
-        }
+        part = cut_tensors(tensors, run.start - offset, run.stop - offset)
         fused_adam_(
             part.pop("weight"),
             run.gradient,
